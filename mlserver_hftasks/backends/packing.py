@@ -1,0 +1,220 @@
+"""Padding removal: the sequences of a batch laid end to end through a backbone that knows nothing of it.
+
+A transformers model with a head calls its backbone (`model.base_model`). `Backbone` stands in that place:
+it takes the padded batch, drops the padding, runs the backbone once over all tokens `[1, T]`, and puts
+the hidden states back where the head expects them, `[n, longest, hidden]`. Heads stay untouched.
+
+What keeps the sequences apart is the layout:
+
+- `varlen`: the backbone's attention calls `varlen_attention` below (through
+  `transformers.AttentionInterface`), which attends within each sequence. Costs no more than the tokens.
+- `block`: a block-diagonal additive mask, for attention that is not behind that interface but only
+  depends on relative positions (MPNet). Attention then costs T squared.
+- `padded`: no packing.
+
+The idea of packing around the attention is that of Effective FasterTransformer and ByteTransformer
+(https://arxiv.org/abs/2210.03052).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, PreTrainedModel
+
+ATTENTION_NAME = "hftasks_varlen"
+
+
+class Layout(Enum):
+    """How the rows of a batch lie in memory."""
+
+    VARLEN = "varlen"
+    BLOCK = "block"
+    PADDED = "padded"
+
+
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """Boundaries of the sequences that lie end to end in a packed batch of T tokens."""
+
+    lengths: tuple[int, ...]
+    cumulative: torch.Tensor
+    """[n + 1], int32, on the device of the batch; the first is 0, the last is T."""
+
+
+class Backbone:
+    """Stands in for `forward` of a model's backbone; see the module docstring.
+
+    `select`, [n, m] or None, names the positions of each row whose hidden states the head shall get.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._module = model.base_model
+        self._attention = model.config._attn_implementation
+        self._forward = self._module.forward
+        self._pooler = getattr(self._module, "pooler", None)
+        self.layout = Layout.PADDED
+        self.select: torch.Tensor | None = None
+        self._module.forward = self
+
+    def use(self, layout: Layout) -> None:
+        """Change the layout of the batches that follow."""
+        implementation = ATTENTION_NAME if layout is Layout.VARLEN else self._attention
+        self._module.set_attn_implementation(implementation)
+        self.layout = layout
+
+    def __call__(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        """The backbone's outputs for a padded batch [n, longest] with its `attention_mask`."""
+        if self.layout is Layout.PADDED:
+            return self._selected(self._forward(input_ids, **kwargs))
+        mask = kwargs.pop("attention_mask").bool()
+        packed = {
+            name: value[mask][None] if isinstance(value, torch.Tensor) else value
+            for name, value in kwargs.items()
+        }
+        packed["position_ids"] = self._positions(input_ids, mask)[mask][None]
+        packed.update(self._boundaries(mask))
+        outputs = self._forward(input_ids[mask][None], **packed)
+        hidden = outputs.last_hidden_state[0]
+        unpacked = hidden.new_zeros(*mask.shape, hidden.shape[-1])
+        unpacked[mask] = hidden
+        outputs.last_hidden_state = unpacked
+        if self._pooler is not None and outputs.get("pooler_output") is not None:
+            outputs.pooler_output = self._pooler(unpacked)
+        return self._selected(outputs)
+
+    def _selected(self, outputs: Any) -> Any:
+        if self.select is not None:
+            hidden = outputs.last_hidden_state
+            index = self.select[:, :, None].expand(-1, -1, hidden.shape[-1])
+            outputs.last_hidden_state = hidden.gather(1, index)
+        return outputs
+
+    def _positions(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        embeddings = getattr(self._module, "embeddings", None)
+        if hasattr(embeddings, "create_position_ids_from_input_ids"):  # RoBERTa counts from padding_idx + 1
+            positions: torch.Tensor = embeddings.create_position_ids_from_input_ids(
+                input_ids, embeddings.padding_idx
+            )
+            return positions
+        return mask.cumsum(1) - 1
+
+    def _boundaries(self, mask: torch.Tensor) -> dict[str, Any]:
+        if self.layout is Layout.BLOCK:
+            owner = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)[mask]
+            dtype = self._module.dtype
+            apart = (owner[:, None] != owner[None, :]).to(dtype) * torch.finfo(dtype).min
+            return {"attention_mask": apart[None, None]}
+        lengths = mask.sum(1)
+        cumulative = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+        return {"attention_mask": None, "sequences": Sequences(tuple(lengths.tolist()), cumulative)}
+
+
+def varlen_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    sequences: Sequences,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    **kwargs: object,
+) -> tuple[torch.Tensor, None]:
+    """Attention within each of the sequences: query [1, heads, T, d] -> [1, T, heads, d].
+
+    `sequences` has no default: a backbone that does not hand it on fails loudly instead of letting one
+    client's tokens attend to another's. `sliding_window` counts as FlashAttention does: a token sees
+    `sliding_window - 1` tokens to each side. Raises TypeError for what it does not compute.
+    """
+    if attention_mask is not None or kwargs.get("position_bias") is not None or kwargs.get("softcap"):
+        raise TypeError("varlen attention takes no mask, position bias or softcap")
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    attend = _attend_fused if _fused_kernel_takes(query) else _attend_each
+    window = None if sliding_window is None else sliding_window - 1
+    return attend(query, key, value, sequences, scaling, causal, window), None
+
+
+AttentionInterface.register(ATTENTION_NAME, varlen_attention)
+
+Attend = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, Sequences, float | None, bool, int | None], torch.Tensor
+]
+
+
+def _fused_kernel_takes(query: torch.Tensor) -> bool:
+    return query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256
+
+
+def _attend_fused(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sequences: Sequences,
+    scaling: float | None,
+    causal: bool,
+    window: int | None,
+) -> torch.Tensor:
+    """One FlashAttention kernel over all sequences."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    before = -1 if window is None else window
+    after = 0 if causal else before
+    longest = max(sequences.lengths)
+    output = varlen_attn(
+        *(states[0].transpose(0, 1).contiguous() for states in (query, key, value)),
+        sequences.cumulative,
+        sequences.cumulative,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(before, after),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(output, torch.Tensor)
+    return output[None]
+
+
+def _attend_each(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sequences: Sequences,
+    scaling: float | None,
+    causal: bool,
+    window: int | None,
+) -> torch.Tensor:
+    """Scaled dot product attention per sequence: on a CPU the launch costs less than the padding."""
+    grouped = query.shape[1] != key.shape[1]
+    pieces = []
+    start = 0
+    for length in sequences.lengths:
+        q, k, v = (states.narrow(2, start, length) for states in (query, key, value))
+        mask = None if window is None or length <= window else _window_mask(length, window, causal, query)
+        pieces.append(
+            scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=causal and mask is None,
+                scale=scaling,
+                enable_gqa=grouped,
+            )
+        )
+        start += length
+    return torch.cat(pieces, dim=2).transpose(1, 2)
+
+
+def _window_mask(length: int, window: int, causal: bool, like: torch.Tensor) -> torch.Tensor:
+    position = torch.arange(length, device=like.device)
+    distance = position[:, None] - position[None, :]
+    return (distance <= window) & (distance >= 0) if causal else distance.abs() <= window

@@ -1,0 +1,205 @@
+"""asyncio in front, the device thread behind, the scheduler between them.
+
+The device thread takes its next batch itself, at the moment it is free: a batch is formed as late as
+can be, and the device never waits for the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from mlserver_hftasks.engine.rows import Batch, Job, Outputs, Row, Ticket
+from mlserver_hftasks.engine.scheduler import Scheduler
+from mlserver_hftasks.errors import ForwardFailed, HFTasksError, Unavailable
+
+Result = Outputs | Exception
+
+
+class Forward(Protocol):
+    """The part of a backend that the engine needs."""
+
+    def forward(self, rows: Sequence[Row]) -> Sequence[Outputs]:
+        """Run the rows as one batch; one mapping of outputs per row, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchReport:
+    """What there is to measure about one batch."""
+
+    rows: int
+    tokens: int
+    cost: int
+    """Tokens with padding."""
+    queue_wait_s: Sequence[float]
+    """One per row."""
+    forward_s: float
+    failed_rows: int
+    queued_rows: int
+    """Rows still waiting when the batch left."""
+
+
+@dataclass(eq=False, slots=True)
+class _Waiter:
+    future: asyncio.Future[list[Outputs]]
+    outputs: list[Outputs | None]
+    missing: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.missing = len(self.outputs)
+
+
+class Batcher:
+    """Runs rows of concurrent callers in shared batches on one device thread.
+
+    Made on the event loop that will await `run`. `observe` is called on that loop after each batch.
+    """
+
+    def __init__(
+        self,
+        backend: Forward,
+        scheduler: Scheduler,
+        *,
+        on_thread_start: Callable[[], None] = lambda: None,
+        observe: Callable[[BatchReport], None] = lambda report: None,
+        name: str = "device",
+    ) -> None:
+        self._backend = backend
+        self._scheduler = scheduler
+        self._on_thread_start = on_thread_start
+        self._observe = observe
+        self._loop = asyncio.get_running_loop()
+        self._waiters: dict[Job, _Waiter] = {}
+        self._wake = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run_device, name=f"hftasks-{name}", daemon=True)
+        self._thread.start()
+
+    async def run(self, rows: Sequence[Row]) -> list[Outputs]:
+        """The outputs of the rows, in order.
+
+        Raises `Overloaded` at once, `Unavailable` when closing, `ForwardFailed` if the model raised on
+        one of these rows. Cancelling the call takes its waiting rows out of the queue.
+        """
+        waiter = _Waiter(self._loop.create_future(), [None] * len(rows))
+        with self._wake:
+            if self._closed:
+                raise Unavailable("the model is being unloaded, expected a model that is ready")
+            job = self._scheduler.submit(rows, time.monotonic())
+            self._waiters[job] = waiter
+            self._wake.notify()
+        try:
+            return await waiter.future
+        finally:
+            self._waiters.pop(job, None)
+            if waiter.missing:
+                with self._wake:
+                    self._scheduler.cancel(job)
+
+    def check_admission(self) -> None:
+        """Raise `Overloaded` if even the smallest request would be refused now."""
+        with self._wake:
+            self._scheduler.check_admission(1, 1, time.monotonic())
+
+    @property
+    def queued_rows(self) -> int:
+        """Rows that wait for the device."""
+        return self._scheduler.queued_rows
+
+    async def close(self) -> None:
+        """Let the running batch end, fail what still waits, and end the thread."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+        await asyncio.to_thread(self._thread.join)
+        self._fail_all(Unavailable("the model was unloaded while the request waited"))
+
+    # -- device thread ---------------------------------------------------------------------------
+
+    def _run_device(self) -> None:
+        try:
+            self._on_thread_start()
+            while (batch := self._take_batch()) is not None:
+                self._run_batch(batch)
+        except Exception as error:
+            # Only a defect of ours gets here; whoever waits must be told all the same.
+            self._post(self._fail_all, ForwardFailed(f"the device thread failed: {error!r}"))
+
+    def _run_batch(self, batch: Batch) -> None:
+        left_at = time.monotonic()
+        results = self._execute(batch.tickets)
+        seconds = time.monotonic() - left_at
+        failed = sum(isinstance(result, Exception) for result in results)
+        with self._wake:
+            self._scheduler.finished(batch, None if failed else seconds)
+            report = self._report(batch, left_at, seconds, failed)
+        self._post(self._deliver, batch, results, report)
+
+    def _post(self, callback: Callable[..., None], *args: object) -> None:
+        # At the end of the process the loop may be gone before this daemon thread is.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(callback, *args)
+
+    def _take_batch(self) -> Batch | None:
+        with self._wake:
+            while not self._closed:
+                batch = self._scheduler.next_batch(time.monotonic())
+                if batch is not None:
+                    return batch
+                self._wake.wait()
+        return None
+
+    def _execute(self, tickets: Sequence[Ticket]) -> list[Result]:
+        """Outputs or an error per row. A batch that fails is halved until the failing row is alone."""
+        try:
+            return list(self._backend.forward([ticket.row for ticket in tickets]))
+        except Exception as error:
+            if len(tickets) == 1:
+                return [error]
+        middle = len(tickets) // 2
+        return self._execute(tickets[:middle]) + self._execute(tickets[middle:])
+
+    def _report(self, batch: Batch, left_at: float, seconds: float, failed: int) -> BatchReport:
+        return BatchReport(
+            rows=len(batch.tickets),
+            tokens=batch.tokens,
+            cost=batch.cost,
+            queue_wait_s=[left_at - ticket.job.enqueued_at for ticket in batch.tickets],
+            forward_s=seconds,
+            failed_rows=failed,
+            queued_rows=self._scheduler.queued_rows,
+        )
+
+    # -- event loop ------------------------------------------------------------------------------
+
+    def _deliver(self, batch: Batch, results: Sequence[Result], report: BatchReport) -> None:
+        for ticket, result in zip(batch.tickets, results, strict=True):
+            if isinstance(result, Exception):
+                self._fail(ticket.job, _as_ours(result))
+            elif (waiter := self._waiters.get(ticket.job)) is not None:
+                waiter.outputs[ticket.index] = result
+                waiter.missing -= 1
+                if not waiter.missing and not waiter.future.done():
+                    waiter.future.set_result([output for output in waiter.outputs if output is not None])
+        self._observe(report)
+
+    def _fail_all(self, error: HFTasksError) -> None:
+        self._closed = True
+        for job in list(self._waiters):
+            self._fail(job, error)
+
+    def _fail(self, job: Job, error: HFTasksError) -> None:
+        waiter = self._waiters.get(job)
+        if waiter is not None and not waiter.future.done():
+            waiter.future.set_exception(error)
+
+
+def _as_ours(error: Exception) -> HFTasksError:
+    if isinstance(error, HFTasksError):
+        return error
+    return ForwardFailed(f"the model failed on this input: {type(error).__name__}: {error}")

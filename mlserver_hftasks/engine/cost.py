@@ -1,0 +1,65 @@
+"""What a batch costs in seconds, learned from the batches that ran."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float64]
+
+KNEE_EFFICIENCY = 0.95
+"""A larger batch is not worth its latency once throughput reaches this share of its limit."""
+
+
+class CostModel:
+    """`seconds = overhead + per_token * cost`, by least squares that forget.
+
+    Throughput of batches of cost c is `c / (overhead + per_token * c)`; it reaches the share e of its
+    limit `1 / per_token` at `c = e / (1 - e) * overhead / per_token`, which is `knee_tokens`.
+    """
+
+    def __init__(self, memory: float = 0.98) -> None:
+        self._memory = memory
+        self._lasting: FloatArray = np.zeros(5)
+        self._recent: FloatArray = np.zeros(5)
+        self.overhead_s = 0.0
+        self.per_token_s = 0.0
+
+    def observe(self, cost: int, seconds: float, *, lasting: bool = False) -> None:
+        """Learn from one batch; a `lasting` one (of the warm-up, of all sizes) is never forgotten.
+
+        Without those, batches that all have the size of the budget could not tell overhead from slope.
+        The squares are weighted by 1/cost, since noise grows with the batch.
+        """
+        sums = np.array([1.0, cost, seconds, cost * cost, cost * seconds]) / cost
+        if lasting:
+            self._lasting += sums
+        else:
+            self._recent = self._memory * self._recent + sums
+        self._solve()
+
+    def _solve(self) -> None:
+        weight, x, y, xx, xy = (float(value) for value in self._lasting + self._recent)
+        spread = weight * xx - x * x
+        self.overhead_s, self.per_token_s = 0.0, y / x
+        if spread > 1e-9 * weight * xx:
+            slope = max((weight * xy - x * y) / spread, 0.0)
+            overhead = (y - slope * x) / weight
+            if overhead > 0:
+                self.overhead_s, self.per_token_s = overhead, slope
+
+    @property
+    def knows(self) -> bool:
+        """Whether any batch was seen."""
+        return bool((self._lasting + self._recent)[0] > 0)
+
+    def seconds(self, cost: float) -> float:
+        """Predicted seconds of one batch of that cost."""
+        return self.overhead_s + self.per_token_s * cost
+
+    @property
+    def knee_tokens(self) -> float:
+        """The cost beyond which a larger batch no longer raises throughput; infinite if unknown."""
+        if self.per_token_s <= 0:
+            return float("inf")
+        return KNEE_EFFICIENCY / (1 - KNEE_EFFICIENCY) * self.overhead_s / self.per_token_s

@@ -1,0 +1,248 @@
+"""Which rows run next. Pure policy: it is told the time, and knows no thread, no torch, no asyncio.
+
+Continuous: `next_batch` never waits for more rows; under load they gather while the device is busy.
+
+Fair: jobs are served in the order of `enqueued_at + remaining seconds`, so a short job that comes
+second overtakes a long one, and a long one that has waited for as long as it takes to run is overtaken
+by nobody (shortest remaining work first, with linear ageing; the order of two waiting jobs never
+depends on the time, so a heap holds it).
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mlserver_hftasks.engine.cost import CostModel
+from mlserver_hftasks.engine.rows import Batch, Job, Row, Ticket
+from mlserver_hftasks.errors import Overloaded
+
+MIN_BUDGET_TOKENS = 128
+"""No learned budget goes below this: a lone text of usual length always fits."""
+MAX_MISFITS = 8
+"""How many jobs whose next row does not fit are passed over before a packed batch is closed."""
+POOL_FACTOR = 4
+"""A padded batch is chosen among this many times its rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of one engine; rows and tokens are counts, `latency_target_s` is seconds or None."""
+
+    max_batch_rows: int = 256
+    max_batch_tokens: int = 8192
+    max_queue_rows: int = 8192
+    max_queue_tokens: int = 1_000_000
+    latency_target_s: float | None = None
+
+
+class Scheduler:
+    """Jobs in, batches out.
+
+    `padded` says how the backend pays for a batch: rows x longest if true, else the sum of tokens.
+    """
+
+    def __init__(self, limits: Limits, cost: CostModel, *, padded: bool) -> None:
+        self.limits = limits
+        self.cost = cost
+        self._padded = padded
+        self._queues: dict[Hashable, list[tuple[float, int, Job]]] = {}
+        self._sequence = itertools.count()
+        self._busy_until = 0.0
+        self.queued_rows = 0
+        self.queued_tokens = 0
+
+    # -- jobs in ---------------------------------------------------------------------------------
+
+    def submit(self, rows: Sequence[Row], now: float) -> Job:
+        """Queue the rows of one request, which share one key.
+
+        Raises `Overloaded` when the queue is full or the predicted wait would break the latency target.
+        """
+        tokens = sum(row.cost for row in rows)
+        self.check_admission(len(rows), tokens, now)
+        pending = list(range(len(rows) - 1, -1, -1))
+        if self._padded:
+            pending.sort(key=lambda index: -rows[index].cost)
+        job = Job(tuple(rows), now, pending, tokens)
+        self._push(job)
+        self.queued_rows += len(rows)
+        self.queued_tokens += tokens
+        return job
+
+    def check_admission(self, rows: int, tokens: int, now: float) -> None:
+        """Raise `Overloaded` if a job of that size would not be taken now; queues nothing."""
+        for what, queued, new, limit in (
+            ("rows", self.queued_rows, rows, self.limits.max_queue_rows),
+            ("tokens", self.queued_tokens, tokens, self.limits.max_queue_tokens),
+        ):
+            if queued + new > limit:
+                raise Overloaded(
+                    f"the queue is full: {queued} {what} wait and the request brings {new}, "
+                    f"expected at most {limit} together @ max_queue_{what}",
+                    retry_after_s=self.seconds_of(self.queued_tokens),
+                )
+        target = self.limits.latency_target_s
+        if target is None or not self.cost.knows:
+            return
+        wait = self.predicted_wait_s(tokens, now)
+        own = self.cost.seconds(min(tokens, self.budget_tokens))
+        if wait > 0 and wait + own > target:
+            raise Overloaded(
+                f"the predicted latency is {1e3 * (wait + own):.0f} ms, "
+                f"expected at most {1e3 * target:.0f} ms @ latency_target_ms",
+                retry_after_s=wait,
+            )
+
+    def cancel(self, job: Job) -> None:
+        """Forget the rows of the job that have not left yet."""
+        if job.cancelled:
+            return
+        job.cancelled = True
+        self.queued_rows -= len(job.pending)
+        self.queued_tokens -= job.remaining_tokens
+        job.pending.clear()
+        job.remaining_tokens = 0
+
+    # -- batches out -----------------------------------------------------------------------------
+
+    def next_batch(self, now: float) -> Batch | None:
+        """The rows to run now, or None if none wait. They leave the queue."""
+        queue = self._most_urgent_queue()
+        if queue is None:
+            return None
+        tickets = self._fill_padded(queue) if self._padded else self._fill_packed(queue)
+        batch = Batch(tuple(tickets), self._cost_of(tickets))
+        self._busy_until = now + self.cost.seconds(batch.cost)
+        return batch
+
+    def finished(self, batch: Batch, seconds: float | None) -> None:
+        """The device is free again; learn from the batch, unless it failed (None)."""
+        self._busy_until = 0.0
+        if seconds is not None:
+            self.cost.observe(batch.cost, seconds)
+
+    def _most_urgent_queue(self) -> list[tuple[float, int, Job]] | None:
+        for key in list(self._queues):
+            queue = self._queues[key]
+            while queue and not queue[0][2].pending:
+                heapq.heappop(queue)
+            if not queue:
+                del self._queues[key]
+        return min(self._queues.values(), default=None, key=lambda queue: queue[0][:2])
+
+    def _fill_packed(self, queue: list[tuple[float, int, Job]]) -> list[Ticket]:
+        budget, rows = self.budget_tokens, self.limits.max_batch_rows
+        tickets: list[Ticket] = []
+        touched: list[Job] = []
+        misfits = 0
+        while queue and misfits < MAX_MISFITS and len(tickets) < rows and budget > 0:
+            job = heapq.heappop(queue)[2]
+            touched.append(job)
+            while job.pending and len(tickets) < rows:
+                if tickets and job.rows[job.pending[-1]].cost > budget:
+                    misfits += 1
+                    break
+                ticket = self._take(job, -1)
+                budget -= ticket.row.cost
+                tickets.append(ticket)
+        for job in touched:
+            self._push(job)
+        return tickets
+
+    def _fill_padded(self, queue: list[tuple[float, int, Job]]) -> list[Ticket]:
+        jobs, pool = self._pool(queue)
+        pool.sort(key=lambda ticket: ticket.row.cost)
+        seed = next(i for i, ticket in enumerate(pool) if ticket.job is jobs[0])
+        first, last = self._best_window([ticket.row.cost for ticket in pool], seed)
+        chosen = pool[first : last + 1]
+        for ticket in chosen:
+            self._take(ticket.job, ticket.job.pending.index(ticket.index))
+        for job in jobs:
+            self._push(job)
+        return chosen
+
+    def _pool(self, queue: list[tuple[float, int, Job]]) -> tuple[list[Job], list[Ticket]]:
+        jobs: list[Job] = []
+        pool: list[Ticket] = []
+        size = min(POOL_FACTOR * self.limits.max_batch_rows, 256)
+        while queue and len(pool) < size:
+            job = heapq.heappop(queue)[2]
+            if job.pending:
+                jobs.append(job)
+                pool.extend(Ticket(job, index) for index in job.pending[len(pool) - size :])
+        return jobs, pool
+
+    def _best_window(self, costs: list[int], seed: int) -> tuple[int, int]:
+        """First and last index of the window around `seed` with the most useful tokens per second."""
+        lengths = np.asarray(costs, dtype=np.float64)
+        total = np.concatenate(([0.0], np.cumsum(lengths)))
+        first = np.arange(seed + 1)[:, None]
+        last = np.arange(seed, len(costs))[None, :]
+        rows = last - first + 1
+        padded = rows * lengths[seed:][None, :]
+        useful = total[last + 1] - total[first]
+        allowed = (padded <= self.budget_tokens) & (rows <= self.limits.max_batch_rows)
+        allowed |= rows == 1
+        overhead, per_token = self.cost.overhead_s, self.cost.per_token_s
+        seconds = overhead + per_token * padded if self.cost.knows else padded
+        rate = np.where(allowed, useful / np.maximum(seconds, 1e-12), -1.0)
+        best_first, best_last = np.unravel_index(int(rate.argmax()), rate.shape)
+        return int(best_first), seed + int(best_last)
+
+    # -- what it costs ---------------------------------------------------------------------------
+
+    @property
+    def budget_tokens(self) -> int:
+        """Cost up to which a batch is filled now.
+
+        The knee of the learned throughput curve; with a latency target at most half of it, since a
+        request that just missed a batch waits for that one and then runs in its own.
+        """
+        budget = min(self.cost.knee_tokens, self.limits.max_batch_tokens)
+        target = self.limits.latency_target_s
+        if target is not None and self.cost.per_token_s > 0:
+            budget = min(budget, (target / 2 - self.cost.overhead_s) / self.cost.per_token_s)
+        return int(min(max(budget, MIN_BUDGET_TOKENS), self.limits.max_batch_tokens))
+
+    def seconds_of(self, tokens: int) -> float:
+        """Predicted seconds to run that many tokens in batches of the budget."""
+        return tokens * self.cost.seconds(self.budget_tokens) / self.budget_tokens
+
+    def predicted_wait_s(self, tokens: int, now: float) -> float:
+        """Predicted seconds until a job of that many tokens would start, were it submitted now."""
+        running = max(self._busy_until - now, 0.0)
+        urgency = now + self.seconds_of(tokens)
+        ahead = sum(
+            job.remaining_tokens
+            for queue in self._queues.values()
+            for job_urgency, _, job in queue
+            if job_urgency <= urgency
+        )
+        return running + self.seconds_of(ahead)
+
+    # -- the queue -------------------------------------------------------------------------------
+
+    def jobs(self) -> Iterator[Job]:
+        """The jobs that have rows waiting."""
+        return (job for queue in self._queues.values() for _, _, job in queue if job.pending)
+
+    def _push(self, job: Job) -> None:
+        if job.pending:
+            urgency = job.enqueued_at + self.seconds_of(job.remaining_tokens)
+            heapq.heappush(self._queues.setdefault(job.key, []), (urgency, next(self._sequence), job))
+
+    def _take(self, job: Job, position: int) -> Ticket:
+        ticket = Ticket(job, job.pending.pop(position))
+        job.remaining_tokens -= ticket.row.cost
+        self.queued_rows -= 1
+        self.queued_tokens -= ticket.row.cost
+        return ticket
+
+    def _cost_of(self, tickets: Sequence[Ticket]) -> int:
+        costs = [ticket.row.cost for ticket in tickets]
+        return len(costs) * max(costs) if self._padded else sum(costs)

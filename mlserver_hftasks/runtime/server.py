@@ -1,0 +1,137 @@
+"""What MLServer 1.7 lacks and a runtime can only add from outside.
+
+`prepare_server` runs once per process, before the servers take requests for a model of ours:
+
+- gRPC answers with the status codes of our errors (MLServer maps four HTTP codes only);
+- a 429 carries Retry-After;
+- a REST body over the model's limit is refused while it is read, before and after gunzip, and one that
+  is no V2 request with a 400 in the protocol's form (FastAPI answers 422 in its own);
+- what a client did wrong is not logged with a traceback.
+
+The changes touch requests to models of this package only, save the first, which adds codes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+import zlib
+from functools import cache
+from typing import Any
+
+import grpc
+import mlserver.grpc.utils
+import mlserver.rest.errors
+import orjson
+from mlserver.errors import MLServerError
+from mlserver.rest.requests import Request
+from mlserver.rest.responses import Response
+from starlette.exceptions import HTTPException
+
+from mlserver_hftasks.codecs.request import check_envelope
+from mlserver_hftasks.errors import HFTasksError, InvalidSettings, Overloaded
+
+GRPC_CODES = {
+    413: grpc.StatusCode.INVALID_ARGUMENT,
+    429: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    503: grpc.StatusCode.UNAVAILABLE,
+    504: grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+_RETRY_AFTER = re.compile(r"; retry after (\d+) s$")
+
+_body_limits: dict[str, int] = {}
+"""Most bytes of a REST body, by model name."""
+
+
+class BadBody(MLServerError, HTTPException):
+    """A REST body that is not a V2 request.
+
+    FastAPI lets only its own kind of exception out of reading a body, MLServer answers only its own in
+    the protocol's form: this is both.
+    """
+
+    def __init__(self, message: str, status_code: int = 400) -> None:
+        Exception.__init__(self, message)
+        self.status_code = status_code
+        self.detail = message
+        self.headers = None
+
+    def __str__(self) -> str:
+        return self.detail
+
+
+def as_mlserver_error(error: HFTasksError) -> MLServerError:
+    """The error as MLServer sends it. With workers only message and status get through."""
+    message = str(error)
+    if isinstance(error, Overloaded):
+        message += f"; retry after {max(math.ceil(error.retry_after_s), 1)} s"
+    return MLServerError(message, 422 if isinstance(error, InvalidSettings) else error.status_code)
+
+
+def limit_body(model_name: str, max_bytes: int) -> None:
+    """Refuse REST bodies for that model that are larger, compressed or not."""
+    _body_limits[model_name] = max_bytes
+
+
+@cache
+def prepare_server() -> None:
+    """Apply the changes that the module docstring lists."""
+    mlserver.grpc.utils.STATUS_CODE_MAPPING.update(GRPC_CODES)
+    mlserver.rest.errors.Response = _error_response
+    for name in ("mlserver.grpc", "mlserver.parallel"):
+        logging.getLogger(name).addFilter(_is_not_the_clients_fault)
+    any_body, any_json = Request.body, Request.json
+
+    async def body(request: Request) -> bytes:
+        limit = _body_limits.get(request.path_params.get("model_name", ""))
+        if limit is None:
+            return await any_body(request)
+        if not hasattr(request, "_body"):
+            request._body = await _read_body(request, limit)
+        return request._body
+
+    async def json(request: Request) -> Any:
+        if request.path_params.get("model_name") not in _body_limits:
+            return await any_json(request)
+        try:
+            content = orjson.loads(await body(request))
+            check_envelope(content)
+        except orjson.JSONDecodeError as error:
+            raise BadBody(f"invalid JSON ({error}), expected a V2 inference request @ body") from None
+        except HFTasksError as error:
+            raise BadBody(str(error), error.status_code) from None
+        return content
+
+    Request.body, Request.json = body, json
+
+
+async def _read_body(request: Request, limit: int) -> bytes:
+    gunzip = None
+    if "gzip" in request.headers.getlist("Content-Encoding"):
+        gunzip = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
+    chunks: list[bytes] = []
+    size = 0
+    async for sent in request.stream():
+        try:
+            chunk = gunzip.decompress(sent, limit + 1 - size) if gunzip else sent
+        except zlib.error as error:
+            raise BadBody(f"a body that is not gzip ({error}), expected gzip @ body") from None
+        size += len(chunk)
+        if size > limit:
+            raise BadBody(f"a body of over {limit} bytes, expected at most {limit} @ body", 413)
+        chunks.append(chunk)
+    if gunzip is not None and (not gunzip.eof or gunzip.unused_data):
+        raise BadBody("a body that is not one whole gzip stream, expected gzip @ body")
+    return b"".join(chunks)
+
+
+def _error_response(status_code: int, content: dict[str, Any]) -> Response:
+    waits = _RETRY_AFTER.search(str(content.get("error"))) if status_code == 429 else None
+    headers = {"Retry-After": waits[1]} if waits else None
+    return Response(status_code=status_code, content=content, headers=headers)
+
+
+def _is_not_the_clients_fault(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    return not (isinstance(error, MLServerError) and error.status_code < 500)

@@ -1,0 +1,196 @@
+"""`parameters.extra`, checked once.
+
+Values come, in falling precedence, from `PREDICTIVE_UNIT_PARAMETERS` (Seldon Core v1), from
+`parameters.extra` (Seldon Core v2 hands them over as strings) and from `MLSERVER_MODEL_HUGGINGFACE_*`,
+as in mlserver_huggingface. Strings are coerced: "0", "true", "null" and JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from mlserver_hftasks.errors import InvalidSettings, did_you_mean
+
+ENV_PREFIX = "MLSERVER_MODEL_HUGGINGFACE_"
+UNIT_PARAMETERS = "PREDICTIVE_UNIT_PARAMETERS"
+
+
+def _from_json(value: Any) -> Any:
+    """A string that holds JSON, decoded; any other value as it is."""
+    if isinstance(value, str):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError:
+            return value
+    return value
+
+
+def _none_from_string(value: Any) -> Any:
+    return None if isinstance(value, str) and value.strip().lower() in {"", "none", "null"} else value
+
+
+def _integer_from_string(value: Any) -> Any:
+    value = _none_from_string(value)
+    return int(value) if isinstance(value, str) and value.lstrip("-").isdecimal() else value
+
+
+Json = BeforeValidator(_from_json)
+Count = Annotated[int, Field(ge=1)]
+
+
+class Settings(BaseModel):
+    """All keys of `parameters.extra`. `docs/settings.md` is this class as a table."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    task: str | None = Field(None, description="task or alias; inferred from the model's config if missing")
+    task_suffix: str = Field("", description="appended to the task `translation`: `_en_to_fr`")
+    pretrained_model: str | None = Field(None, description="hub id or folder; else `parameters.uri`")
+    pretrained_tokenizer: str | None = Field(None, description="hub id or folder; else the model's own")
+    revision: str | None = Field(None, description="branch, tag or commit on the hub")
+    model_kwargs: Annotated[dict[str, Any], Json] = Field(
+        default_factory=dict, description="further arguments of `from_pretrained`"
+    )
+    framework: Literal["pt"] | None = Field(None, description='"pt"; TensorFlow is gone from transformers')
+    optimum_model: bool = Field(False, description="ONNX Runtime; refused until its backend exists")
+    device: Annotated[int | str | None, BeforeValidator(_integer_from_string)] = Field(
+        None, description='-1, "cpu", 0, "cuda:1", "mps"; null is the CPU'
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="`auto`: the checkpoint's; float16 becomes float32 on a CPU"
+    )
+    batch_size: Annotated[Count | None, BeforeValidator(_none_from_string)] = Field(
+        None, description="most rows in a batch; also read from `max_batch_size`; 256 if neither is set"
+    )
+    max_batch_tokens: Count = Field(8192, description="most tokens in a batch; the engine learns how many pay")
+    max_queue_rows: Count = Field(8192, description="most rows that wait; beyond: 429")
+    max_queue_tokens: Count = Field(1_000_000, description="most tokens that wait; beyond: 429")
+    latency_target_ms: Annotated[
+        Annotated[float, Field(gt=0)] | None, BeforeValidator(_none_from_string)
+    ] = Field(None, description="keep latency under this, refuse what cannot be: 429")
+    timeout_ms: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_none_from_string)] = Field(
+        None, description="give up on a request after this: 504; a request may ask for less"
+    )
+    max_length: Annotated[Count | None, BeforeValidator(_none_from_string)] = Field(
+        None, description="most tokens of a text, if less than the model takes"
+    )
+    truncation: Annotated[bool | str | None, BeforeValidator(_none_from_string)] = Field(
+        None, description="cut texts that are too long, for requests that do not say"
+    )
+    do_lower_case: Annotated[bool | None, BeforeValidator(_none_from_string)] = Field(
+        None, description="lower-case texts before they are tokenized"
+    )
+    packing: Literal["auto", "off"] = Field("auto", description="padding removal, where the model can")
+    labels: Annotated[list[str] | dict[int, str] | None, Json] = Field(
+        None, description="label names; also read from `index_to_name.json` beside the model"
+    )
+    intra_op_threads: Annotated[Count | None, BeforeValidator(_none_from_string)] = Field(
+        None, description="threads of one operator; torch decides if not set"
+    )
+    inter_op_threads: Annotated[Count | None, BeforeValidator(_none_from_string)] = Field(
+        None, description="operators at once; per process, the first model decides"
+    )
+    warmup: bool = Field(True, description="run some batches at load: the first client does not pay for it")
+    max_items: Count = Field(1024, description="most items in a request; beyond: 413")
+    max_text_chars: Count = Field(100_000, description="most characters of a text; beyond: 413")
+    max_body_bytes: Count = Field(64 * 2**20, description="most bytes of a REST body after gunzip; beyond: 413")
+    trust_remote_code: bool = Field(False, description="run code that comes with the model")
+
+    @field_validator("framework", mode="before")
+    @classmethod
+    def _no_tensorflow(cls, value: Any) -> Any:
+        if value in {"tf", "jax", "flax"}:
+            raise ValueError('"pt": transformers 5 has PyTorch models only')
+        return _none_from_string(value)
+
+    @field_validator("truncation")
+    @classmethod
+    def _known_strategy(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            lowered = value.lower()
+            if lowered in {"true", "false"}:
+                return lowered == "true"
+            if value not in {"longest_first", "only_first", "only_second", "do_not_truncate"}:
+                raise ValueError("true, false, longest_first, only_first, only_second or do_not_truncate")
+        return value
+
+    @model_validator(mode="after")
+    def _suffix_fits(self) -> Settings:
+        if self.task_suffix and self.task != "translation":
+            raise ValueError(f"no task_suffix for the task {self.task!r}: only `translation` takes one")
+        return self
+
+
+def read_settings(
+    extra: Mapping[str, Any], environment: Mapping[str, str], defaults: Mapping[str, Any] | None = None
+) -> Settings:
+    """The settings of a model. `defaults` come last, after the environment.
+
+    Raises `InvalidSettings` that names the key, what came and what is right.
+    """
+    names = Settings.model_fields
+    from_env = {
+        key[len(ENV_PREFIX) :].lower(): value
+        for key, value in environment.items()
+        if key.upper().startswith(ENV_PREFIX)
+    }
+    values = {
+        **(defaults or {}),
+        **{name: value for name, value in from_env.items() if name in names},
+        **extra,
+        **_unit_parameters(environment.get(UNIT_PARAMETERS, "")),
+    }
+    for name in values:
+        if name not in names:
+            raise InvalidSettings(f"unknown setting '{name}', {did_you_mean(name, names)} @ parameters.extra")
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        raise InvalidSettings(_explain(error)) from None
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_context=False)[0]
+    message = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:
+        return f"{message} @ parameters.extra"
+    return f"got {first['input']!r:.80}, expected: {message} @ parameters.extra.{first['loc'][0]}"
+
+
+def _boolean(text: str) -> bool:
+    lowered = text.lower()
+    if lowered not in {"y", "yes", "t", "true", "on", "1", "n", "no", "f", "false", "off", "0"}:
+        raise ValueError(text)
+    return lowered in {"y", "yes", "t", "true", "on", "1"}
+
+
+_UNIT_TYPES: dict[str, Any] = {"INT": int, "FLOAT": float, "DOUBLE": float, "STRING": str, "BOOL": _boolean}
+
+
+def _unit_parameters(text: str) -> dict[str, Any]:
+    """Seldon Core v1: a JSON list of `{name, value, type}`."""
+    if not text.strip():
+        return {}
+    try:
+        parameters = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InvalidSettings(f"got invalid JSON ({error}), expected a list @ {UNIT_PARAMETERS}") from None
+    if not isinstance(parameters, list):
+        raise InvalidSettings(f"got {parameters!r:.80}, expected a JSON list @ {UNIT_PARAMETERS}")
+    return dict(_unit_parameter(parameter) for parameter in parameters)
+
+
+def _unit_parameter(parameter: Any) -> tuple[str, Any]:
+    if not isinstance(parameter, dict) or not {"name", "value", "type"} <= set(parameter):
+        raise InvalidSettings(f"got {parameter!r:.80}, expected name, value and type @ {UNIT_PARAMETERS}")
+    name, value, kind = parameter["name"], parameter["value"], parameter["type"]
+    if kind not in _UNIT_TYPES:
+        raise InvalidSettings(f"got the type {kind!r}, expected one of {', '.join(_UNIT_TYPES)} @ {name}")
+    try:
+        return str(name), _UNIT_TYPES[kind](str(value))
+    except ValueError:
+        raise InvalidSettings(f"got {value!r}, expected a value of type {kind} @ {name}") from None

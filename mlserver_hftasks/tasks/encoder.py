@@ -1,0 +1,159 @@
+"""Text to token ids: a tokenizer of transformers, made safe and fast for many threads.
+
+`PreTrainedTokenizerFast.__call__` keeps the truncation of the last call in the Rust tokenizer, so two
+threads that truncate differently disturb one another. Here the Rust tokenizer never truncates: texts
+are encoded as they are, without a lock, and only those that turn out too long are encoded again by a
+second copy under a lock.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from mlserver_hftasks.engine.rows import IntArray, Row
+from mlserver_hftasks.errors import InvalidRequest
+
+Text = str | Sequence[str]
+"""A text, or its words."""
+TextOrPair = Text | tuple[Text, Text]
+Strategy = Literal["longest_first", "only_first", "only_second"]
+
+
+@dataclass(frozen=True, slots=True)
+class Truncation:
+    """Cut to `max_length` tokens, special ones included; `stride` tokens overlap between the pieces."""
+
+    strategy: Strategy
+    max_length: int
+    stride: int = 0
+
+
+class Encoding(Protocol):
+    """What is read of `tokenizers.Encoding`; all lists have one entry per token.
+
+    `sequence_ids` say which text of a pair (None for special tokens); `overflowing` are the further
+    pieces of a text that was cut.
+    """
+
+    ids: list[int]
+    type_ids: list[int]
+    special_tokens_mask: list[int]
+    offsets: list[tuple[int, int]]
+    word_ids: list[int | None]
+    sequence_ids: list[int | None]
+    overflowing: list[Any]
+
+    def token_to_word(self, token_index: int) -> int | None: ...
+    def word_to_chars(self, word_index: int, sequence_index: int = 0) -> tuple[int, int] | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _SlowEncoding:
+    """The encoding of a tokenizer that is written in Python: it has no offsets and no words."""
+
+    ids: list[int]
+    type_ids: list[int]
+    special_tokens_mask: list[int]
+    overflowing: tuple[()] = ()
+
+
+class Encoder:
+    """Encodes texts for a model that takes at most `max_tokens` tokens. Thread-safe."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.is_fast = bool(tokenizer.is_fast)
+        self._takes_types = "token_type_ids" in tokenizer.model_input_names
+        self._lock = threading.Lock()
+        self._cutting: Any = None
+        if self.is_fast:
+            self._plain: Any = tokenizer.backend_tokenizer
+            self._plain.no_truncation()
+            self._plain.no_padding()
+
+    def encode(
+        self,
+        texts: Sequence[TextOrPair],
+        truncation: Truncation | None = None,
+        *,
+        words: bool = False,
+        limited: bool = True,
+        where: str = "inputs",
+    ) -> list[Encoding]:
+        """One encoding per text. `words`: the texts are lists of words.
+
+        Raises `InvalidRequest` for a text that is longer than the model takes and may not be cut; not so
+        with `limited` false, for a task that cuts the encodings itself.
+        """
+        if not self.is_fast:
+            encodings = [self._encode_slow(text, truncation, words) for text in texts]
+        else:
+            encodings = self._plain.encode_batch(list(texts), is_pretokenized=words)
+            if truncation is not None:
+                for index, encoding in enumerate(encodings):
+                    if len(encoding.ids) > truncation.max_length:
+                        encodings[index] = self._encode_cut(texts[index], truncation, words, f"{where}[{index}]")
+        for index, encoding in enumerate(encodings):
+            self._check_length(len(encoding.ids), f"{where}[{index}]", limited)
+        return encodings
+
+    def encode_as_fits(self, texts: Sequence[str]) -> list[Encoding]:
+        """One encoding per text, cut to what the model takes."""
+        return self.encode(texts, Truncation("longest_first", self.max_tokens))
+
+    def row(self, encoding: Encoding, *, key: Any = None, select: IntArray | None = None) -> Row:
+        """The encoding as a row of the model."""
+        arrays = {"input_ids": np.asarray(encoding.ids, dtype=np.int64)}
+        if self._takes_types:
+            arrays["token_type_ids"] = np.asarray(encoding.type_ids, dtype=np.int64)
+        return Row(arrays, key, select)
+
+    def special_tokens(self, *, pair: bool = False) -> int:
+        """How many special tokens a text or a pair gets."""
+        return int(self.tokenizer.num_special_tokens_to_add(pair=pair))
+
+    def _check_length(self, length: int, where: str, limited: bool) -> None:
+        if length < 1:
+            raise InvalidRequest(f"a text without tokens, expected at least one @ {where}")
+        if limited and length > self.max_tokens:
+            raise InvalidRequest(
+                f"a text of {length} tokens, expected at most {self.max_tokens}: shorten it, or send the "
+                f"parameter truncation=true @ {where}"
+            )
+
+    def _encode_cut(self, text: TextOrPair, truncation: Truncation, words: bool, where: str) -> Encoding:
+        with self._lock:
+            if self._cutting is None:
+                self._cutting = copy.deepcopy(self._plain)
+            try:
+                self._cutting.enable_truncation(
+                    max_length=truncation.max_length,
+                    stride=truncation.stride,
+                    strategy=truncation.strategy,
+                    direction=self.tokenizer.truncation_side,
+                )
+                encoding: Encoding = self._cutting.encode_batch([text], is_pretokenized=words)[0]
+            except Exception as error:  # tokenizers raises bare Exception
+                raise InvalidRequest(f"the text cannot be cut to {truncation.max_length} tokens: {error} @ {where}") from None
+        return encoding
+
+    def _encode_slow(self, text: TextOrPair, truncation: Truncation | None, words: bool) -> Encoding:
+        first, second = text if isinstance(text, tuple) else (text, None)
+        options: dict[str, Any] = {}
+        if truncation is not None:
+            options = {"truncation": truncation.strategy, "max_length": truncation.max_length}
+        with self._lock:
+            encoded = self.tokenizer(
+                first, second, is_split_into_words=words, return_special_tokens_mask=True, **options
+            )
+        ids = encoded["input_ids"]
+        types = encoded.get("token_type_ids", [0] * len(ids))
+        return _SlowEncoding(ids, types, encoded["special_tokens_mask"])  # type: ignore[return-value]

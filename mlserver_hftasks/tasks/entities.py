@@ -1,0 +1,161 @@
+"""From scores of tokens to entities: which tokens are one word, and which words one entity.
+
+The aggregation strategies are those of `transformers.TokenClassificationPipeline`, computed on arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from transformers import PreTrainedTokenizerBase
+
+from mlserver_hftasks.engine.rows import FloatArray, IntArray
+
+Aggregation = Literal["none", "simple", "first", "average", "max"]
+WORD_LEVEL = frozenset({"first", "average", "max"})
+"""The strategies that never give the tokens of one word different labels."""
+
+SPACE = ord(" ")
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The tokens of one row, without the special ones."""
+
+    ids: IntArray
+    """[tokens]"""
+    positions: IntArray
+    """[tokens], their places in the row."""
+    spans: IntArray | None
+    """[tokens, 2], first and one past the last character in the text; None where nobody knows."""
+
+
+class Tags:
+    """What the names of the labels say: B- begins an entity, I- and names without prefix continue it."""
+
+    def __init__(self, labels: Sequence[str]) -> None:
+        tags = [label[2:] if label.startswith(("B-", "I-")) else label for label in labels]
+        numbers = {tag: number for number, tag in enumerate(dict.fromkeys(tags))}
+        self._tags = np.array([numbers[tag] for tag in tags], dtype=np.int64)
+        self._begins = np.array([label.startswith("B-") for label in labels], dtype=np.bool_)
+        self.groups = tuple(label.split("-", 1)[-1] for label in labels)
+        """Name of the entity that a label begins."""
+
+    def starts(self, labels: IntArray) -> IntArray:
+        """Where entities start in a sequence of labels that is not empty; `O` is an entity here."""
+        tags = self._tags[labels]
+        new = np.ones(len(labels), dtype=np.bool_)
+        new[1:] = (tags[1:] != tags[:-1]) | self._begins[labels[1:]]
+        return np.flatnonzero(new)
+
+
+class Vocabulary:
+    """The tokens of a vocabulary as texts, and which of them continue a word."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._unknown = -1 if tokenizer.unk_token_id is None else tokenizer.unk_token_id
+        self._lengths = _token_lengths(tokenizer)
+
+    def tokens(self, window: Window, text: str, first: int, last: int) -> list[str]:
+        """Tokens first..last-1 of a window; an unknown token is what the text has in its place."""
+        ids = window.ids[first:last]
+        tokens: list[str] = self._tokenizer.convert_ids_to_tokens(ids.tolist())
+        if window.spans is not None:
+            for index in np.flatnonzero(ids == self._unknown).tolist():
+                start, end = window.spans[first + index].tolist()
+                tokens[index] = text[start:end]
+        return tokens
+
+    def joined(self, tokens: list[str]) -> str:
+        """The tokens as readable text."""
+        readable: str = self._tokenizer.convert_tokens_to_string(tokens)
+        return readable
+
+    def word_starts(self, window: Window, text: str) -> IntArray:
+        """Where words start in a window with spans that is not empty.
+
+        WordPiece marks the tokens that continue a word, which makes them longer than their text. Other
+        vocabularies leave only a guess: a token continues a word unless there is a space beside its start.
+        """
+        assert window.spans is not None
+        starts, ends = window.spans.T
+        if self._lengths is not None:
+            inside = self._lengths[window.ids] != ends - starts
+        else:
+            spaces = np.frombuffer(f"{text} ".encode("utf-32-le"), dtype=np.uint32) == SPACE
+            spaces[-1] = False
+            inside = (starts > 0) & ~spaces[starts - 1] & ~spaces[starts]
+        inside &= window.ids != self._unknown
+        inside[0] = False
+        return np.flatnonzero(~inside)
+
+
+def _token_lengths(tokenizer: PreTrainedTokenizerBase) -> IntArray | None:
+    """Characters of each token by id, or None where nothing marks the tokens that continue a word."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not getattr(getattr(backend, "model", None), "continuing_subword_prefix", None):
+        return None
+    vocabulary = tokenizer.get_vocab()
+    lengths = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
+    lengths[list(vocabulary.values())] = [len(token) for token in vocabulary]
+    return lengths
+
+
+def word_scores(scores: FloatArray, starts: IntArray, aggregation: Aggregation) -> FloatArray:
+    """One score per label for each word, [words, labels], from those of its tokens, [tokens, labels]."""
+    if aggregation == "first":
+        return scores[starts]
+    sizes = np.diff(starts, append=len(scores))
+    if aggregation == "average":
+        mean: FloatArray = np.add.reduceat(scores, starts, axis=0) / sizes[:, None].astype(np.float32)
+        return mean
+    words = np.repeat(np.arange(len(starts)), sizes)
+    surest_first = np.lexsort((-scores.max(axis=1), words))
+    return scores[surest_first[starts]]
+
+
+def group_means(values: FloatArray, starts: IntArray) -> FloatArray:
+    """The mean of each group of values, [groups]."""
+    sizes = np.diff(starts, append=len(values)).astype(np.float32)
+    means: FloatArray = np.add.reduceat(values, starts) / sizes
+    return means
+
+
+def without_overlaps(entities: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of entities that overlap, because windows do, the longest, and of like length the surest.
+
+    The first is also compared with itself, as in transformers: if it spans nothing it comes twice.
+    """
+    if not entities:
+        return entities
+    ordered = sorted(entities, key=lambda entity: entity["start"])
+    kept = []
+    best = ordered[0]
+    for entity in ordered:
+        if not best["start"] <= entity["start"] < best["end"]:
+            kept.append(best)
+            best = entity
+        elif _rank(entity) > _rank(best):
+            best = entity
+    return [*kept, best]
+
+
+def _rank(entity: dict[str, Any]) -> tuple[int, float]:
+    return entity["end"] - entity["start"], entity["score"]
+
+
+def spans_of(offsets: Sequence[tuple[int, int]], word_ids: Sequence[int | None], word_starts: IntArray) -> IntArray:
+    """Spans in a text from offsets within its words, [tokens, 2]; tokens of no word keep their offsets."""
+    spans = np.array(offsets, dtype=np.int64).reshape(-1, 2)
+    words = np.array([-1 if word is None else word for word in word_ids], dtype=np.int64)
+    inside = words >= 0
+    spans[inside] += word_starts[words[inside], None]
+    return spans
+
+
+BoolArray = npt.NDArray[np.bool_]

@@ -1,0 +1,311 @@
+"""question-answering: the spans of a context that answer a question.
+
+transformers 5 has no such pipeline; results equal those of version 4.41.2, the newest that
+`mlserver_huggingface` runs on (later ones add up the scores of answers with the same text). Differences: spans
+with a score of zero are left out, unless there is no other; answers come from the context alone, also where
+the tokenizer pads on the left; and what crashed there is answered or refused cleanly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from mlserver_hftasks.backends.base import Head, Level
+from mlserver_hftasks.engine.rows import IntArray, Outputs, Row
+from mlserver_hftasks.errors import InvalidRequest, InvalidSettings, RequestTooLarge
+from mlserver_hftasks.tasks.base import Answered, Example, ModelFacts, Task
+from mlserver_hftasks.tasks.encoder import Encoding
+from mlserver_hftasks.tasks.signature import InputSpec, OutputSpec, Parameters, Signature, Tensor, padded_tensor
+from mlserver_hftasks.tasks.spans import best_spans, masked_softmax, windows, word_bounds
+
+DEFAULT_SEQUENCE = 384
+DEFAULT_OVERLAP = 128
+"""Tokens; as in the pipeline of version 4, which took them from SQuAD."""
+MOST_ANSWERS = 1000
+
+Answer = dict[str, Any]
+"""`score`, `start`, `end` (characters of the context, the end exclusive), `answer`."""
+
+
+class QuestionAnsweringParameters(Parameters):
+    """Parameters of transformers 4's `QuestionAnsweringPipeline`; null stands for the default."""
+
+    top_k: int | None = Field(None, ge=1, le=MOST_ANSWERS, description="how many answers (1)")
+    topk: int | None = Field(None, ge=1, le=MOST_ANSWERS, description="old name of top_k")
+    doc_stride: int | None = Field(
+        None, ge=0, description="context tokens that neighbouring windows share (half of max_seq_len, at most 128)"
+    )
+    max_answer_len: int | None = Field(None, ge=1, description="longest answer in tokens (15)")
+    max_seq_len: int | None = Field(
+        None, ge=1, description="tokens of a window, with the question and special tokens (384, or the model's limit)"
+    )
+    max_question_len: int | None = Field(None, ge=1, description="accepted, no effect: questions are never cut")
+    handle_impossible_answer: bool | None = Field(None, description="let the empty answer compete (false)")
+    align_to_words: bool | None = Field(None, description="widen answers to whole words (true)")
+    padding: bool | Literal["longest", "max_length", "do_not_pad"] | None = Field(
+        None, description="accepted, no effect: windows are not padded"
+    )
+
+    @property
+    def answers(self) -> int:
+        """How many answers are wanted."""
+        return self.top_k or self.topk or 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """Tokens `start` to `end` of the context, which stand at `offset` and after in the row."""
+
+    start: int
+    end: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Passage:
+    """A context: its text, the characters (start, end) of each token, the words of each token."""
+
+    text: str
+    characters: IntArray
+    """[tokens, 2]"""
+    word_first: IntArray
+    word_last: IntArray
+    windows: tuple[_Window, ...]
+
+
+class QuestionAnswering(Task[QuestionAnsweringParameters]):
+    """Extractive question answering; a context longer than the model takes becomes several rows."""
+
+    name = "question-answering"
+    head = Head("AutoModelForQuestionAnswering", {"start_logits": Level.TOKEN, "end_logits": Level.TOKEN})
+    unwraps_single = True
+    signature = Signature(
+        inputs=(
+            InputSpec(
+                "inputs",
+                ("args", "array_inputs", "data", "X"),
+                required=False,
+                description="dicts of question and context, or exactly two texts: a question and its context",
+            ),
+            InputSpec("question", required=False, description="questions, in place of `inputs`"),
+            InputSpec("context", required=False, description="one context per question, or one for all"),
+        ),
+        parameters=QuestionAnsweringParameters,
+        outputs=(
+            OutputSpec("answer", "BYTES", (-1, -1), 'the top_k answers, best first, filled up with ""'),
+            OutputSpec("score", "FP32", (-1, -1), "their probabilities, filled up with 0"),
+            OutputSpec("start", "INT64", (-1, -1), "their first characters in the context, filled up with -1"),
+            OutputSpec("end", "INT64", (-1, -1), "the characters after their last, filled up with -1"),
+        ),
+    )
+
+    def __init__(self, model: ModelFacts) -> None:
+        super().__init__(model)
+        tokenizer = model.encoder.tokenizer
+        if not model.encoder.is_fast:
+            raise InvalidSettings(
+                f"{type(tokenizer).__name__} is written in Python, expected a tokenizer.json, since answers need the "
+                "characters of each token @ pretrained_tokenizer"
+            )
+        self._question_first = tokenizer.padding_side == "right"
+        self._cls_token_id = tokenizer.cls_token_id
+
+    def examples(
+        self, inputs: Mapping[str, Sequence[Any]], parameters: QuestionAnsweringParameters
+    ) -> list[Example]:
+        """One row per window of the context."""
+        questions, contexts = self._questions_and_contexts(inputs)
+        room = self._sequence_length(parameters)
+        pairs = list(zip(questions, contexts, strict=True))
+        encodings = self.model.encoder.encode(
+            pairs if self._question_first else [(context, question) for question, context in pairs], limited=False
+        )
+        return [
+            self._example(encoding, contexts[index], room, parameters.doc_stride, f"question[{index}]")
+            for index, encoding in enumerate(encodings)
+        ]
+
+    def postprocess(self, answered: Answered, parameters: QuestionAnsweringParameters) -> Any:
+        """One dict, or a list of dicts where `top_k` finds more than one answer."""
+        answers = self._answers(answered, parameters)
+        return answers[0] if len(answers) == 1 else answers
+
+    def tensors(
+        self, names: Sequence[str], answered: Sequence[Answered], parameters: QuestionAnsweringParameters
+    ) -> Mapping[str, Tensor]:
+        """All [n, top_k]."""
+        answers = [self._answers(item, parameters) for item in answered]
+        fills = {"answer": "", "score": 0.0, "start": -1, "end": -1}
+        return {
+            name: padded_tensor(
+                self.signature.output_named(name).datatype,
+                [[answer[name] for answer in row] for row in answers],
+                fills[name],
+                parameters.answers,
+            )
+            for name in names
+        }
+
+    # -- requests --------------------------------------------------------------------------------
+
+    def _questions_and_contexts(self, inputs: Mapping[str, Sequence[Any]]) -> tuple[list[str], list[str]]:
+        if "inputs" in inputs:
+            if "question" in inputs or "context" in inputs:
+                raise InvalidRequest("got both inputs and question or context, expected one of them @ inputs")
+            return self._from_items(inputs["inputs"])
+        for name in ("question", "context"):
+            if name not in inputs:
+                raise InvalidRequest(f"no {name}, expected question and context, or inputs @ {name}")
+        questions = self._nonempty(self.texts(inputs["question"], "question"), "question")
+        contexts = self._nonempty(self.texts(inputs["context"], "context"), "context")
+        if len(contexts) == 1:
+            contexts *= len(questions)
+        if len(contexts) != len(questions):
+            raise InvalidRequest(f"got {len(contexts)} contexts for {len(questions)} questions, expected 1 or as many @ context")
+        return questions, contexts
+
+    def _from_items(self, items: Sequence[Any]) -> tuple[list[str], list[str]]:
+        self.check_count(len(items), "inputs")
+        if len(items) == 2 and all(isinstance(item, str) for item in items):
+            items = [{"question": items[0], "context": items[1]}]
+        questions, contexts = [], []
+        for index, item in enumerate(items):
+            where = f"inputs[{index}]"
+            if not isinstance(item, dict) or set(item) != {"question", "context"}:
+                got = f"the keys {sorted(map(str, item))}" if isinstance(item, dict) else f"{type(item).__name__} {item!r:.60}"
+                raise InvalidRequest(f"got {got}, expected a dict of question and context @ {where}")
+            questions.append(self.text(item["question"], f"{where}.question"))
+            contexts.append(self.text(item["context"], f"{where}.context"))
+        return self._nonempty(questions, "inputs", ".question"), self._nonempty(contexts, "inputs", ".context")
+
+    @staticmethod
+    def _nonempty(texts: list[str], name: str, key: str = "") -> list[str]:
+        if "" in texts:
+            raise InvalidRequest(f"got an empty text, expected at least one character @ {name}[{texts.index('')}]{key}")
+        return texts
+
+    # -- windows ---------------------------------------------------------------------------------
+
+    def _sequence_length(self, parameters: QuestionAnsweringParameters) -> int:
+        limit = self.model.encoder.max_tokens
+        length = parameters.max_seq_len or min(limit, DEFAULT_SEQUENCE)
+        if length > limit:
+            raise InvalidRequest(f"got {length}, expected 1..{limit} @ max_seq_len")
+        if parameters.doc_stride is not None and parameters.doc_stride >= length:
+            raise InvalidRequest(f"got {parameters.doc_stride}, expected less than the {length} tokens of a window @ doc_stride")
+        return length
+
+    def _example(self, encoding: Encoding, text: str, length: int, overlap: int | None, where: str) -> Example:
+        """The windows of one question and context. All that is not context is in each of them."""
+        begin, end = self._context_range(encoding)
+        tokens = end - begin
+        spans = self._spans(tokens, len(encoding.ids), length, overlap, where)
+        word_first, word_last = word_bounds(encoding.word_ids[begin:end])
+        passage = _Passage(
+            text,
+            np.array(encoding.offsets[begin:end], dtype=np.int64).reshape(-1, 2),
+            word_first,
+            word_last,
+            tuple(_Window(start, stop, begin) for start, stop in spans),
+        )
+        whole = self.model.encoder.row(encoding)
+        if len(spans) == 1:
+            return Example((whole,), passage)
+        rows = tuple(_cut(whole, begin, end, start, stop) for start, stop in spans)
+        return Example(rows, passage)
+
+    def _context_range(self, encoding: Encoding) -> tuple[int, int]:
+        """Positions of the context's first token and after its last; both 0 where it has none."""
+        context = 1 if self._question_first else 0
+        ids = encoding.sequence_ids
+        if context not in ids:
+            return 0, 0
+        begin = ids.index(context)
+        return begin, begin + ids.count(context)
+
+    def _spans(
+        self, tokens: int, total: int, length: int, overlap: int | None, where: str
+    ) -> list[tuple[int, int]]:
+        if total <= length:
+            return [(0, tokens)]
+        room = length - (total - tokens)
+        if room < 1:
+            raise InvalidRequest(
+                f"a question that takes {total - tokens} of {length} tokens, expected room for the context: shorten "
+                f"it, or send a larger max_seq_len @ {where}"
+            )
+        if overlap is None:
+            overlap = min(length // 2, DEFAULT_OVERLAP)
+            # Version 4 dies where a long question leaves no more room than that.
+            overlap = overlap if overlap < room else room // 2
+        if overlap >= room:
+            raise InvalidRequest(
+                f"got {overlap}, expected less than the {room} tokens that {where} leaves for the context @ doc_stride"
+            )
+        most = self.model.limits.max_items
+        if (tokens - room) // (room - overlap) >= most:
+            raise RequestTooLarge(f"more than {most} windows over one context, expected fewer @ doc_stride")
+        return windows(tokens, room, overlap)
+
+    # -- answers ---------------------------------------------------------------------------------
+
+    def _answers(self, answered: Answered, parameters: QuestionAnsweringParameters) -> list[Answer]:
+        """The best answers over all windows, best first, at least one."""
+        passage: _Passage = answered.example.context
+        found: list[Answer] = []
+        no_answer = 1.0
+        for row, window, outputs in zip(answered.example.rows, passage.windows, answered.outputs, strict=True):
+            start, end, cls = self._probabilities(row, window, outputs)
+            no_answer = min(no_answer, cls)
+            best = best_spans(start, end, parameters.max_answer_len or 15, parameters.answers)
+            found.extend(_to_text(passage, window, *best, align=parameters.align_to_words is not False))
+        if parameters.handle_impossible_answer or not found:
+            score = no_answer if parameters.handle_impossible_answer else 0.0
+            found.append({"score": score, "start": 0, "end": 0, "answer": ""})
+        return sorted(found, key=lambda answer: -answer["score"])[: parameters.answers]
+
+    def _probabilities(self, row: Row, window: _Window, outputs: Outputs) -> tuple[Any, Any, float]:
+        """Of starting and of ending at each context token of the window, and of there being no answer.
+
+        The models say the last at the CLS token, which therefore takes part in the softmax; where the
+        tokenizer pads on the left, version 4 lets all tokens take part.
+        """
+        is_cls = row.arrays["input_ids"] == self._cls_token_id
+        context = slice(window.offset, window.offset + window.end - window.start)
+        if self._question_first:
+            mask = is_cls.copy()
+            mask[context] = True
+        else:
+            mask = np.ones(row.cost, dtype=np.bool_)
+        start = masked_softmax(outputs["start_logits"], mask)
+        end = masked_softmax(outputs["end_logits"], mask)
+        cls = int(is_cls.argmax())
+        no_answer = float(start[cls] * end[cls]) if is_cls[cls] else 0.0
+        return start[context], end[context], no_answer
+
+
+def _cut(row: Row, begin: int, end: int, start: int, stop: int) -> Row:
+    """The row with only tokens `start` to `stop` of its context, which lies at `begin` to `end`."""
+    arrays = {
+        name: np.concatenate([values[:begin], values[begin + start : begin + stop], values[end:]])
+        for name, values in row.arrays.items()
+    }
+    return Row(arrays, row.key)
+
+
+def _to_text(
+    passage: _Passage, window: _Window, first: IntArray, last: IntArray, scores: Any, *, align: bool
+) -> Iterator[Answer]:
+    """Spans of a window's tokens as answers; `align`: with the rest of their words in the window."""
+    first, last = first + window.start, last + window.start
+    if align:
+        first = np.maximum(passage.word_first[first], window.start)
+        last = np.minimum(passage.word_last[last], window.end - 1)
+    starts, ends = passage.characters[first, 0], passage.characters[last, 1]
+    for start, end, score in zip(starts.tolist(), ends.tolist(), scores.tolist(), strict=True):
+        yield {"score": score, "start": start, "end": end, "answer": passage.text[start:end]}

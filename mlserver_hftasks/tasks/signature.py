@@ -1,0 +1,117 @@
+"""What a task takes and gives, as data: the same lists serve decoding, checking and metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mlserver_hftasks.errors import InvalidRequest, did_you_mean
+
+Datatype = Literal["BYTES", "FP32", "INT64", "BOOL"]
+
+
+@dataclass(frozen=True, slots=True)
+class InputSpec:
+    """A tensor of items. `aliases` are further names that clients may call it by."""
+
+    name: str
+    aliases: tuple[str, ...] = ()
+    required: bool = True
+    description: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class OutputSpec:
+    """A tensor that a client may ask for by name; -1 in `shape` is a size that varies."""
+
+    name: str
+    datatype: Datatype
+    shape: tuple[int, ...]
+    description: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A typed output: numbers, or an array of str for BYTES."""
+
+    datatype: Datatype
+    values: npt.NDArray[Any]
+
+
+class Parameters(BaseModel):
+    """Parameters that every task takes, each per request. Subclasses add their task's own.
+
+    Frozen, unknown names refused. What a client sends reaches a task through such a model only.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    timeout_ms: float | None = Field(None, gt=0, description="give up after this many milliseconds (504)")
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """Inputs, parameters and typed outputs of one task."""
+
+    inputs: tuple[InputSpec, ...]
+    parameters: type[Parameters]
+    outputs: tuple[OutputSpec, ...]
+
+    def input_named(self, name: str) -> InputSpec | None:
+        """The input of that name or alias."""
+        return next((spec for spec in self.inputs if name == spec.name or name in spec.aliases), None)
+
+    def output_named(self, name: str) -> OutputSpec:
+        """The typed output of that name. Raises `InvalidRequest` if there is none."""
+        for spec in self.outputs:
+            if spec.name == name:
+                return spec
+        known = [spec.name for spec in self.outputs]
+        raise InvalidRequest(f"unknown output '{name}', {did_you_mean(name, [*known, 'output'])} @ outputs")
+
+    def parse(self, values: dict[str, Any]) -> Parameters:
+        """The checked parameters. Raises `InvalidRequest` naming the first that is wrong."""
+        try:
+            return self.parameters.model_validate(values)
+        except ValidationError as error:
+            raise InvalidRequest(_explain(error, self.known_names())) from None
+
+    def known_names(self) -> list[str]:
+        """Every name that an input tensor may have."""
+        names = [name for spec in self.inputs for name in (spec.name, *spec.aliases)]
+        return names + list(self.parameters.model_fields)
+
+
+def _explain(error: ValidationError, known: Sequence[str]) -> str:
+    first = error.errors(include_url=False, include_context=False)[0]
+    name = str(first["loc"][0]) if first["loc"] else "parameters"
+    where = ".".join(str(part) for part in first["loc"] if not _is_type_name(part)) or name
+    if first["type"] == "extra_forbidden":
+        return f"unknown input or parameter '{name}', {did_you_mean(name, known)} @ {where}"
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    return f"got {_shown(first['input'])}, expected: {message[0].lower()}{message[1:]} @ {where}"
+
+
+def _is_type_name(part: int | str) -> bool:
+    """Whether pydantic put the name of a union's member into the location."""
+    return isinstance(part, str) and (part in {"str", "int", "float", "bool"} or "[" in part)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def padded_tensor(datatype: Datatype, rows: Sequence[Sequence[Any]], fill: Any, width: int | None = None) -> Tensor:
+    """Ragged rows as one tensor [n, width], short rows filled up; `width` defaults to the longest."""
+    width = max((len(row) for row in rows), default=0) if width is None else width
+    dtype = {"BYTES": np.object_, "FP32": np.float32, "INT64": np.int64, "BOOL": np.bool_}[datatype]
+    values = np.full((len(rows), width), fill, dtype=dtype)
+    for index, row in enumerate(rows):
+        values[index, : len(row)] = row
+    return Tensor(datatype, values)
