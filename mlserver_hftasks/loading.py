@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,8 @@ from mlserver_hftasks.tasks.base import ItemLimits, ModelFacts, Task
 from mlserver_hftasks.tasks.encoder import Encoder
 from mlserver_hftasks.tasks.registry import canonical_name, task_class
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("mlserver.hftasks")
+transformers.utils.logging.disable_progress_bar()
 
 UNLIMITED_TOKENS = 1 << 20
 """What tokenizers say when nobody said how long a text may be is far above this."""
@@ -113,9 +116,10 @@ class _Source:
             **self._settings.model_kwargs,
         }
         auto_class = getattr(transformers, head.auto_class)
-        model, report = self._read(
-            auto_class, self._name, "pretrained_model", config=config, output_loading_info=True, **options
-        )
+        with _quiet_transformers():
+            model, report = self._read(
+                auto_class, self._name, "pretrained_model", config=config, output_loading_info=True, **options
+            )
         if missing := sorted(report["missing_keys"]):
             logger.warning(
                 "%s has no weights for %s: they are random, and so are its answers", self._name, missing[:4]
@@ -136,6 +140,17 @@ class _Source:
             ) from error
 
 
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without the tables that transformers prints while it loads; we log a line of our own."""
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(verbosity)
+
+
 def _infer_task(config: PretrainedConfig, folder: Path | None) -> str:
     if folder is not None and (folder / "modules.json").is_file():
         return "sentence-embedding"
@@ -153,10 +168,13 @@ def _device(setting: int | str | None) -> torch.device:
     if setting is None or setting == -1:
         return torch.device("cpu")
     accelerator = torch.accelerator.current_accelerator()
+    kind = "cuda" if accelerator is None else accelerator.type
     try:
-        device = torch.device(setting) if isinstance(setting, str) else torch.device(accelerator or "cuda", setting)
+        device = torch.device(setting) if isinstance(setting, str) else torch.device(kind, setting)
     except RuntimeError:
-        raise InvalidSettings(f'got {setting!r}, expected -1, 0, "cpu", "cuda:1" or "mps" @ parameters.extra.device') from None
+        raise InvalidSettings(
+            f'got {setting!r}, expected -1, 0, "cpu", "cuda:1" or "mps" @ parameters.extra.device'
+        ) from None
     if device.type != "cpu" and (accelerator is None or accelerator.type != device.type):
         raise InvalidSettings(
             f"got {setting!r}, but torch {torch.__version__} sees no {device.type} device here, expected -1 "
@@ -220,7 +238,9 @@ def _labels(settings: Settings, config: PretrainedConfig, folder: Path | None) -
         return names
     by_index = given if isinstance(given, dict) else dict(enumerate(given))
     if sorted(by_index) != list(range(len(names))):
-        raise InvalidSettings(f"got names for {sorted(by_index)}, expected them for 0..{len(names) - 1} @ {where}")
+        raise InvalidSettings(
+            f"got names for {sorted(by_index)}, expected them for 0..{len(names) - 1} @ {where}"
+        )
     return tuple(by_index[index] for index in range(len(names)))
 
 
@@ -243,9 +263,13 @@ def _read_index_to_name(path: Path) -> dict[int, str] | list[str]:
 def _lower_case(tokenizer: PreTrainedTokenizerBase) -> None:
     """Lower-case first, whatever the tokenizer's own normalisation is."""
     if not tokenizer.is_fast:
-        raise InvalidSettings("got true, but this tokenizer is written in Python @ parameters.extra.do_lower_case")
+        raise InvalidSettings(
+            "got true, but this tokenizer is written in Python @ parameters.extra.do_lower_case"
+        )
     from tokenizers import normalizers
 
     backend = tokenizer.backend_tokenizer
     lower = normalizers.Lowercase()
-    backend.normalizer = lower if backend.normalizer is None else normalizers.Sequence([lower, backend.normalizer])
+    backend.normalizer = (
+        lower if backend.normalizer is None else normalizers.Sequence([lower, backend.normalizer])
+    )

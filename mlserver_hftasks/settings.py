@@ -11,7 +11,15 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from mlserver_hftasks.errors import InvalidSettings, did_you_mean
 
@@ -66,12 +74,14 @@ class Settings(BaseModel):
     batch_size: Annotated[Count | None, BeforeValidator(_none_from_string)] = Field(
         None, description="most rows in a batch; also read from `max_batch_size`; 256 if neither is set"
     )
-    max_batch_tokens: Count = Field(8192, description="most tokens in a batch; the engine learns how many pay")
+    max_batch_tokens: Count = Field(
+        8192, description="most tokens in a batch; the engine learns how many pay"
+    )
     max_queue_rows: Count = Field(8192, description="most rows that wait; beyond: 429")
     max_queue_tokens: Count = Field(1_000_000, description="most tokens that wait; beyond: 429")
-    latency_target_ms: Annotated[
-        Annotated[float, Field(gt=0)] | None, BeforeValidator(_none_from_string)
-    ] = Field(None, description="keep latency under this, refuse what cannot be: 429")
+    latency_target_ms: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_none_from_string)] = (
+        Field(None, description="keep latency under this, refuse what cannot be: 429")
+    )
     timeout_ms: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_none_from_string)] = Field(
         None, description="give up on a request after this: 504; a request may ask for less"
     )
@@ -97,7 +107,9 @@ class Settings(BaseModel):
     warmup: bool = Field(True, description="run some batches at load: the first client does not pay for it")
     max_items: Count = Field(1024, description="most items in a request; beyond: 413")
     max_text_chars: Count = Field(100_000, description="most characters of a text; beyond: 413")
-    max_body_bytes: Count = Field(64 * 2**20, description="most bytes of a REST body after gunzip; beyond: 413")
+    max_body_bytes: Count = Field(
+        64 * 2**20, description="most bytes of a REST body after gunzip; beyond: 413"
+    )
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
 
     @field_validator("framework", mode="before")

@@ -36,7 +36,7 @@ class Description:
     device: str
     dtype: str
     packing: str
-    """`varlen`, `block` or `padded`."""
+    """`varlen`, `block`, `padded` or `single`; see `packing`."""
 
 
 class Backend(Protocol):

@@ -11,6 +11,7 @@ What keeps the sequences apart is the layout:
 - `block`: a block-diagonal additive mask, for attention that is not behind that interface but only
   depends on relative positions (MPNet). Attention then costs T squared.
 - `padded`: no packing.
+- `single`: each row by itself, for what cannot even be padded (FNet mixes tokens and padding).
 
 The idea of packing around the attention is that of Effective FasterTransformer and ByteTransformer
 (https://arxiv.org/abs/2210.03052).
@@ -36,6 +37,7 @@ class Layout(Enum):
     VARLEN = "varlen"
     BLOCK = "block"
     PADDED = "padded"
+    SINGLE = "single"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ class Backbone:
         self._module = model.base_model
         self._attention = model.config._attn_implementation
         self._forward = self._module.forward
-        self._pooler = getattr(self._module, "pooler", None)
+        self._pooler: Any = getattr(self._module, "pooler", None)
         self.layout = Layout.PADDED
         self.select: torch.Tensor | None = None
         self._module.forward = self
@@ -68,9 +70,13 @@ class Backbone:
         self._module.set_attn_implementation(implementation)
         self.layout = layout
 
+    def release(self) -> None:
+        """Give the backbone its own `forward` back, which ends the cycle that keeps its memory."""
+        del self._module.forward
+
     def __call__(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
         """The backbone's outputs for a padded batch [n, longest] with its `attention_mask`."""
-        if self.layout is Layout.PADDED:
+        if self.layout in (Layout.PADDED, Layout.SINGLE):
             return self._selected(self._forward(input_ids, **kwargs))
         mask = kwargs.pop("attention_mask").bool()
         packed = {
@@ -85,8 +91,16 @@ class Backbone:
         unpacked[mask] = hidden
         outputs.last_hidden_state = unpacked
         if self._pooler is not None and outputs.get("pooler_output") is not None:
-            outputs.pooler_output = self._pooler(unpacked)
+            outputs.pooler_output = self._pooled(unpacked)
         return self._selected(outputs)
+
+    def _pooled(self, hidden: torch.Tensor) -> torch.Tensor:
+        pooled: torch.Tensor
+        if isinstance(self._pooler, torch.nn.Linear):  # ALBERT's is no module of its own
+            pooled = self._module.pooler_activation(self._pooler(hidden[:, 0]))
+        else:
+            pooled = self._pooler(hidden)
+        return pooled
 
     def _selected(self, outputs: Any) -> Any:
         if self.select is not None:
@@ -96,13 +110,14 @@ class Backbone:
         return outputs
 
     def _positions(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        embeddings = getattr(self._module, "embeddings", None)
-        if hasattr(embeddings, "create_position_ids_from_input_ids"):  # RoBERTa counts from padding_idx + 1
-            positions: torch.Tensor = embeddings.create_position_ids_from_input_ids(
-                input_ids, embeddings.padding_idx
-            )
-            return positions
-        return mask.cumsum(1) - 1
+        embeddings: Any = getattr(self._module, "embeddings", None)
+        first = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
+        if first is None:
+            return mask.cumsum(1) - 1
+        # RoBERTa and its kin count from padding_idx + 1 and skip that token wherever it stands.
+        counted = input_ids != first
+        positions: torch.Tensor = counted.cumsum(1) * counted + first
+        return positions
 
     def _boundaries(self, mask: torch.Tensor) -> dict[str, Any]:
         if self.layout is Layout.BLOCK:
@@ -169,12 +184,15 @@ def _attend_fused(
     before = -1 if window is None else window
     after = 0 if causal else before
     longest = max(sequences.lengths)
+    q, k, v = (states[0].transpose(0, 1).contiguous() for states in (query, key, value))
     output = varlen_attn(
-        *(states[0].transpose(0, 1).contiguous() for states in (query, key, value)),
-        sequences.cumulative,
-        sequences.cumulative,
-        longest,
-        longest,
+        q,
+        k,
+        v,
+        cu_seq_q=sequences.cumulative,
+        cu_seq_k=sequences.cumulative,
+        max_q=longest,
+        max_k=longest,
         scale=scaling,
         window_size=(before, after),
         enable_gqa=query.shape[1] != key.shape[1],

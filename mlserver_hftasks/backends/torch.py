@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
+from mlserver_hftasks.backends import probe as probing
 from mlserver_hftasks.backends.base import Description, Head, Level
 from mlserver_hftasks.backends.packing import Backbone, Layout
 from mlserver_hftasks.engine.rows import Outputs, Row
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("mlserver.hftasks")
 
-PROBE_LENGTHS = (3, 17, 8, 5)
-"""Tokens of the sequences on which packing must agree with padding."""
-TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
-"""Largest difference, relative to the largest output, that packing may make."""
+TOLERANCES = {torch.bfloat16: 6e-2, torch.float16: 1e-2}
+"""Largest difference, relative to the largest output, that batching a row with others may make."""
+TOLERANCE = 1e-4
+"""The same for other dtypes."""
+BLOCK_TOKENS = {"cpu": 512}
+"""Tokens of one pass in the block layout, where attention costs their square, by kind of device."""
 
 
 class TorchBackend:
     """Runs rows through a model of transformers.
 
     With `packing`, the layouts of `packing.Layout` are tried on a probe batch in turn, and the first
-    that agrees with padding is used. `probe` holds rows for that, of real tokens where a head looks for
-    some (BART's for the end of the text); else they are drawn at random.
+    that gives each row what it gets alone is used. `probe` holds rows for that, of real tokens where a
+    head looks for some (BART's for the end of the text); else they are drawn at random.
     """
 
     def __init__(
@@ -40,30 +43,52 @@ class TorchBackend:
         packing: bool = True,
         probe: Sequence[Row] | None = None,
     ) -> None:
+        model.config.use_cache = False  # keys and values are kept for generation only
         self._model = model.eval().requires_grad_(False).to(device)
         self._head = head
         self._device = device
         self._pad_token_id = pad_token_id
         self._backbone = Backbone(model)
         if packing:
-            self._choose_layout(self._random_rows() if probe is None else probe)
+            self._choose_layout(probe)
         layout = self._backbone.layout
         self.padded = layout is Layout.PADDED
-        self.description = Description("torch", str(device), str(model.dtype).removeprefix("torch."), layout.value)
+        self.description = Description(
+            "torch", str(device), str(model.dtype).removeprefix("torch."), layout.value
+        )
 
     def forward(self, rows: Sequence[Row]) -> Sequence[Outputs]:
         """See `base.Backend`."""
+        return [outputs for part in self._passes(rows) for outputs in self._forward(part)]
+
+    def close(self) -> None:
+        """See `base.Backend`."""
+        self._backbone.release()
+        del self._model, self._backbone
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _forward(self, rows: Sequence[Row]) -> list[Outputs]:
         tensors = self._collate(rows)
         self._backbone.select = self._collate_selection(rows)
         with torch.inference_mode():
             outputs = self._model(**tensors)
         return self._split(outputs, rows)
 
-    def close(self) -> None:
-        """See `base.Backend`."""
-        del self._model, self._backbone
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+    def _passes(self, rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+        """The rows in groups that run together: all of them, unless the layout forbids."""
+        layout = self._backbone.layout
+        if layout in (Layout.VARLEN, Layout.PADDED):
+            yield rows
+            return
+        most = 1 if layout is Layout.SINGLE else BLOCK_TOKENS.get(self._device.type, 2048)
+        start = tokens = 0
+        for index, row in enumerate(rows):
+            if index > start and tokens + row.cost > most:
+                yield rows[start:index]
+                start, tokens = index, 0
+            tokens += row.cost
+        yield rows[start:]
 
     # -- rows to tensors and back ----------------------------------------------------------------
 
@@ -104,38 +129,36 @@ class TorchBackend:
 
     # -- choosing a layout -----------------------------------------------------------------------
 
-    def _choose_layout(self, rows: Sequence[Row]) -> None:
-        expected = self.forward(rows)
-        for layout in (Layout.VARLEN, Layout.BLOCK):
-            reason = self._disagreement(layout, rows, expected)
+    def _choose_layout(self, probe: Sequence[Row] | None) -> None:
+        config, name = self._model.config, type(self._model).__name__
+        if probe is None:
+            probe = probing.random_rows(self._model.get_input_embeddings().num_embeddings, config)
+        rows = probing.hard_rows(probe, config, self._pad_token_id)
+        alone = [self._forward([row])[0] for row in rows]
+        tolerance = TOLERANCES.get(self._model.dtype, TOLERANCE)
+        # Padding gets more room: where even that is not enough, rows can only run one by one.
+        for layout, room in ((Layout.VARLEN, 1), (Layout.BLOCK, 1), (Layout.PADDED, 5)):
+            reason = self._objection(layout, rows, alone, room * tolerance)
             if reason is None:
-                return
-            logger.debug("layout %s does not fit %s: %s", layout.value, type(self._model).__name__, reason)
-        self._backbone.use(Layout.PADDED)
-        logger.info("%s cannot be packed; it is served padded", type(self._model).__name__)
+                break
+            logger.debug("layout %s does not fit %s: %s", layout.value, name, reason)
+        else:
+            self._backbone.use(Layout.SINGLE)
+        if self._backbone.layout in (Layout.PADDED, Layout.SINGLE):
+            logger.info("%s cannot be packed; its rows run %s", name, self._backbone.layout.value)
 
-    def _disagreement(self, layout: Layout, rows: Sequence[Row], expected: Sequence[Outputs]) -> str | None:
-        """Why the layout cannot be used, or None if it gives what padding gives."""
+    def _objection(
+        self, layout: Layout, rows: Sequence[Row], alone: Sequence[Outputs], tolerance: float
+    ) -> str | None:
+        """Why the layout cannot be used, or None if it can; see `probe`."""
         try:
             self._backbone.use(layout)
-            packed = self.forward(rows)
+            together = self._forward(rows)
+            among_others = self._forward(probing.with_other_neighbours(rows))
         except Exception as error:  # whatever an architecture makes of a layout that it was not made for
             return repr(error)
-        for got, want in zip(packed, expected, strict=True):
-            for name, array in want.items():
-                scale = max(float(np.abs(array).max()), 1e-6)
-                worst = float(np.abs(got[name] - array).max()) / scale
-                if not worst <= TOLERANCES[self._model.dtype]:
-                    return f"{name} differs by {worst:.1e} of its largest value"
-        return None
-
-    def _random_rows(self) -> list[Row]:
-        vocabulary = self._model.get_input_embeddings().num_embeddings
-        generator = np.random.default_rng(0)
-        limit = getattr(self._model.config, "max_position_embeddings", None) or 512
-        rows = []
-        for length in PROBE_LENGTHS:
-            ids = generator.integers(0, vocabulary, min(length, limit - 2))
-            ids[ids == self._pad_token_id] = (self._pad_token_id + 1) % vocabulary
-            rows.append(Row({"input_ids": ids}))
-        return rows
+        wrong = probing.objection(together, alone, tolerance)
+        if wrong is not None:
+            return wrong
+        moved = probing.objection(among_others[::2], together[::2], tolerance / 10)
+        return None if moved is None else f"with other neighbours {moved}"

@@ -105,7 +105,9 @@ def _text(element: Any, where: str) -> str:
         try:
             return element.decode()
         except UnicodeDecodeError as error:
-            raise InvalidRequest(f"bytes that are not UTF-8 ({error.reason}), expected UTF-8 text @ {where}") from None
+            raise InvalidRequest(
+                f"bytes that are not UTF-8 ({error.reason}), expected UTF-8 text @ {where}"
+            ) from None
     raise InvalidRequest(f"got {type(element).__name__} {element!r:.60}, expected a text @ {where}")
 
 
@@ -148,7 +150,9 @@ def _image(element: Any, where: str) -> Image.Image:
         image = Image.open(io.BytesIO(_base64(element, where)))
         image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InvalidRequest(f"an image that cannot be read ({error}), expected base64 of an image @ {where}") from None
+        raise InvalidRequest(
+            f"an image that cannot be read ({error}), expected base64 of an image @ {where}"
+        ) from None
     return image
 
 
@@ -194,7 +198,9 @@ def _decode_array(tensor: RequestInput, elements: list[Any]) -> Decoded:
     try:
         return Decoded(np.array(elements, dtype=dtype).reshape(tensor.shape), False)
     except (TypeError, ValueError, OverflowError) as error:
-        raise InvalidRequest(f"{error}, expected values of the datatype {_datatype(tensor)} @ {tensor.name}") from None
+        raise InvalidRequest(
+            f"{error}, expected values of the datatype {_datatype(tensor)} @ {tensor.name}"
+        ) from None
 
 
 def _decode_arrays(tensor: RequestInput, elements: list[Any]) -> Decoded:

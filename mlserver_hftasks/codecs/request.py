@@ -29,6 +29,8 @@ PROTOCOL_PARAMETERS = frozenset(
 """Request parameters that belong to the protocol and its clients, not to a task."""
 
 
+_JSON_NAMES = {str: "a text", dict: "an object", list: "a list"}
+
 DATATYPES = frozenset(member.value for member in Datatype)
 
 
@@ -58,8 +60,20 @@ def check_envelope(content: Any) -> None:
     """Raise `InvalidRequest` unless the JSON has the form of a V2 inference request."""
     if not isinstance(content, dict) or not isinstance(content.get("inputs"), list):
         raise InvalidRequest("no list of inputs, expected a V2 inference request @ inputs")
+    _check_type(content.get("id"), str, "id")
+    _check_type(content.get("parameters"), dict, "parameters")
+    _check_type(content.get("outputs"), list, "outputs")
+    for index, output in enumerate(content.get("outputs") or ()):
+        if not isinstance(output, dict) or not isinstance(output.get("name"), str):
+            raise InvalidRequest(f"got {output!r:.60}, expected an output with a name @ outputs[{index}]")
+        _check_type(output.get("parameters"), dict, f"outputs[{index}].parameters")
     for index, tensor in enumerate(content["inputs"]):
         _check_tensor(tensor, f"inputs[{index}]")
+
+
+def _check_type(value: Any, kind: type, where: str) -> None:
+    if value is not None and not isinstance(value, kind):
+        raise InvalidRequest(f"got {type(value).__name__} {value!r:.60}, expected {_JSON_NAMES[kind]} @ {where}")
 
 
 def _check_tensor(tensor: Any, where: str) -> None:
@@ -68,11 +82,15 @@ def _check_tensor(tensor: Any, where: str) -> None:
     shape = tensor.get("shape")
     if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
         raise InvalidRequest(f"got the shape {shape!r:.60}, expected a list of sizes @ {where}.shape")
-    if tensor.get("datatype") not in DATATYPES:
-        got = str(tensor.get("datatype"))
-        raise InvalidRequest(f"got the datatype {got!r:.40}, {did_you_mean(got, DATATYPES)} @ {where}.datatype")
+    got = str(tensor.get("datatype"))
+    if got not in DATATYPES:
+        raise InvalidRequest(
+            f"got the datatype {got!r:.40}, {did_you_mean(got, DATATYPES)} @ {where}.datatype"
+        )
     if tensor.get("data") is None:
         raise InvalidRequest(f"a tensor without data, expected a list of elements @ {where}.data")
+    _check_type(tensor.get("parameters"), dict, f"{where}.parameters")
+    _check_type((tensor.get("parameters") or {}).get("content_type"), str, f"{where}.parameters.content_type")
 
 
 def decode_request(request: InferenceRequest, names: Names) -> Call:

@@ -37,7 +37,9 @@ def output_tensors(signature: Signature) -> list[MetadataTensor]:
         name=RESULT_NAME,
         datatype="BYTES",
         shape=[-1, 1],
-        parameters=V2Parameters(content_type="hg_jsonlist", default=True, description="one JSON text per result"),
+        parameters=V2Parameters(
+            content_type="hg_jsonlist", default=True, description="one JSON text per result"
+        ),
     )
     typed = [
         MetadataTensor(

@@ -283,7 +283,10 @@ def _take_over_batching(settings: mlserver.ModelSettings) -> None:
     The size moves to `extra`, since the changed settings are what parallel workers get.
     """
     if settings.max_batch_size > 1 and settings.parameters is not None:
-        settings.parameters.extra = {"batch_size": settings.max_batch_size, **(settings.parameters.extra or {})}
+        settings.parameters.extra = {
+            "batch_size": settings.max_batch_size,
+            **(settings.parameters.extra or {}),
+        }
     settings.max_batch_size = 0
     settings.max_batch_time = 0.0
 
@@ -300,9 +303,7 @@ def _limits_of(settings: Settings) -> Limits:
 
 
 def _names_of(task: Task[Any]) -> Names:
-    inputs = {
-        name: spec.name for spec in task.signature.inputs for name in (spec.name, *spec.aliases)
-    }
+    inputs = {name: spec.name for spec in task.signature.inputs for name in (spec.name, *spec.aliases)}
     fields = task.signature.parameters.model_fields
     lists = {name for name, field in fields.items() if _may_be_list(field.annotation)}
     return Names(inputs, frozenset(fields), frozenset(lists))
@@ -321,7 +322,9 @@ def _set_threads(settings: Settings) -> None:
         try:
             torch.set_num_interop_threads(settings.inter_op_threads)
         except RuntimeError:
-            logger.warning("inter_op_threads is set once per process; it stays %d", torch.get_num_interop_threads())
+            logger.warning(
+                "inter_op_threads is set once per process; it stays %d", torch.get_num_interop_threads()
+            )
 
 
 def _give_memory_back() -> None:

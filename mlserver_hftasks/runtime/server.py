@@ -86,10 +86,12 @@ def prepare_server() -> None:
     async def body(request: Request) -> bytes:
         limit = _body_limits.get(request.path_params.get("model_name", ""))
         if limit is None:
-            return await any_body(request)
+            unlimited: bytes = await any_body(request)
+            return unlimited
         if not hasattr(request, "_body"):
             request._body = await _read_body(request, limit)
-        return request._body
+        read: bytes = request._body
+        return read
 
     async def json(request: Request) -> Any:
         if request.path_params.get("model_name") not in _body_limits:

@@ -100,7 +100,9 @@ class Encoder:
             if truncation is not None:
                 for index, encoding in enumerate(encodings):
                     if len(encoding.ids) > truncation.max_length:
-                        encodings[index] = self._encode_cut(texts[index], truncation, words, f"{where}[{index}]")
+                        encodings[index] = self._encode_cut(
+                            texts[index], truncation, words, f"{where}[{index}]"
+                        )
         for index, encoding in enumerate(encodings):
             self._check_length(len(encoding.ids), f"{where}[{index}]", limited)
         return encodings
@@ -142,7 +144,9 @@ class Encoder:
                 )
                 encoding: Encoding = self._cutting.encode_batch([text], is_pretokenized=words)[0]
             except Exception as error:  # tokenizers raises bare Exception
-                raise InvalidRequest(f"the text cannot be cut to {truncation.max_length} tokens: {error} @ {where}") from None
+                raise InvalidRequest(
+                    f"the text cannot be cut to {truncation.max_length} tokens: {error} @ {where}"
+                ) from None
         return encoding
 
     def _encode_slow(self, text: TextOrPair, truncation: Truncation | None, words: bool) -> Encoding:

@@ -5,8 +5,9 @@ The aggregation strategies are those of `transformers.TokenClassificationPipelin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -14,7 +15,9 @@ import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
 from mlserver_hftasks.engine.rows import FloatArray, IntArray
+from mlserver_hftasks.tasks.scores import softmax
 
+BoolArray = npt.NDArray[np.bool_]
 Aggregation = Literal["none", "simple", "first", "average", "max"]
 WORD_LEVEL = frozenset({"first", "average", "max"})
 """The strategies that never give the tokens of one word different labels."""
@@ -61,13 +64,12 @@ class Vocabulary:
         self._unknown = -1 if tokenizer.unk_token_id is None else tokenizer.unk_token_id
         self._lengths = _token_lengths(tokenizer)
 
-    def tokens(self, window: Window, text: str, first: int, last: int) -> list[str]:
-        """Tokens first..last-1 of a window; an unknown token is what the text has in its place."""
-        ids = window.ids[first:last]
-        tokens: list[str] = self._tokenizer.convert_ids_to_tokens(ids.tolist())
+    def tokens(self, window: Window, text: str) -> list[str]:
+        """The tokens of a window; an unknown one is what the text has in its place."""
+        tokens: list[str] = self._tokenizer.convert_ids_to_tokens(window.ids.tolist())
         if window.spans is not None:
-            for index in np.flatnonzero(ids == self._unknown).tolist():
-                start, end = window.spans[first + index].tolist()
+            for index in np.flatnonzero(window.ids == self._unknown).tolist():
+                start, end = window.spans[index].tolist()
                 tokens[index] = text[start:end]
         return tokens
 
@@ -104,6 +106,93 @@ def _token_lengths(tokenizer: PreTrainedTokenizerBase) -> IntArray | None:
     lengths = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
     lengths[list(vocabulary.values())] = [len(token) for token in vocabulary]
     return lengths
+
+
+class EntityFinder:
+    """Finds the entities of a window, as the dicts of the pipeline's result."""
+
+    def __init__(self, labels: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> None:
+        self._labels = labels
+        self._tags = Tags(labels)
+        self._vocabulary = Vocabulary(tokenizer)
+
+    def find(
+        self, text: str, window: Window, logits: FloatArray, aggregation: Aggregation, ignore: Set[str]
+    ) -> list[dict[str, Any]]:
+        """The entities whose name is not in `ignore`; `logits` [tokens, labels] of the window's tokens."""
+        if not len(window.ids):
+            return []
+        scores = softmax(logits)
+        if aggregation == "none":
+            return self._tokens(text, window, scores, ignore)
+        if aggregation == "simple":
+            starts = np.arange(len(scores))
+        else:
+            starts = self._vocabulary.word_starts(window, text)
+            scores = word_scores(scores, starts, aggregation)
+        return self._groups(text, window, scores, starts, aggregation in WORD_LEVEL, ignore)
+
+    def _tokens(
+        self, text: str, window: Window, scores: FloatArray, ignore: Set[str]
+    ) -> list[dict[str, Any]]:
+        """Each token by itself."""
+        best = scores.argmax(axis=1)
+        kept = np.flatnonzero(~_among(self._labels, ignore)[best]).tolist()
+        tokens = self._vocabulary.tokens(window, text) if kept else []
+        return [
+            {
+                "entity": self._labels[best[index]],
+                "score": float(scores[index, best[index]]),
+                "index": int(window.positions[index]),
+                "word": tokens[index],
+                **_span(window, index, index),
+            }
+            for index in kept
+        ]
+
+    def _groups(
+        self,
+        text: str,
+        window: Window,
+        scores: FloatArray,
+        starts: IntArray,
+        by_word: bool,
+        ignore: Set[str],
+    ) -> list[dict[str, Any]]:
+        """Neighbouring units of one entity together: unit u, a token or a word, begins at token starts[u]."""
+        best = scores.argmax(axis=1)
+        firsts = self._tags.starts(best)
+        lasts = np.append(firsts[1:], len(best))
+        means = group_means(scores.max(axis=1), firsts)
+        kept = np.flatnonzero(~_among(self._tags.groups, ignore)[best[firsts]]).tolist()
+        tokens = self._vocabulary.tokens(window, text) if kept else []
+        edges = np.append(starts, len(window.ids))
+        entities = []
+        for group in kept:
+            bounds = edges[firsts[group] : lasts[group] + 1].tolist()
+            words = tokens[bounds[0] : bounds[-1]]
+            if by_word:
+                words = [self._vocabulary.joined(tokens[start:end]) for start, end in pairwise(bounds)]
+            entities.append(
+                {
+                    "entity_group": self._tags.groups[best[firsts[group]]],
+                    "score": float(means[group]),
+                    "word": self._vocabulary.joined(words),
+                    **_span(window, bounds[0], bounds[-1] - 1),
+                }
+            )
+        return entities
+
+
+def _among(names: Sequence[str], some: Set[str]) -> BoolArray:
+    return np.array([name in some for name in names], dtype=np.bool_)
+
+
+def _span(window: Window, first: int, last: int) -> dict[str, int | None]:
+    """From the first character of one token to the last of another."""
+    if window.spans is None:
+        return {"start": None, "end": None}
+    return {"start": int(window.spans[first, 0]), "end": int(window.spans[last, 1])}
 
 
 def word_scores(scores: FloatArray, starts: IntArray, aggregation: Aggregation) -> FloatArray:
@@ -149,13 +238,12 @@ def _rank(entity: dict[str, Any]) -> tuple[int, float]:
     return entity["end"] - entity["start"], entity["score"]
 
 
-def spans_of(offsets: Sequence[tuple[int, int]], word_ids: Sequence[int | None], word_starts: IntArray) -> IntArray:
+def spans_of(
+    offsets: Sequence[tuple[int, int]], word_ids: Sequence[int | None], word_starts: IntArray
+) -> IntArray:
     """Spans in a text from offsets within its words, [tokens, 2]; tokens of no word keep their offsets."""
     spans = np.array(offsets, dtype=np.int64).reshape(-1, 2)
     words = np.array([-1 if word is None else word for word in word_ids], dtype=np.int64)
     inside = words >= 0
     spans[inside] += word_starts[words[inside], None]
     return spans
-
-
-BoolArray = npt.NDArray[np.bool_]

@@ -20,7 +20,14 @@ from mlserver_hftasks.engine.rows import IntArray, Outputs, Row
 from mlserver_hftasks.errors import InvalidRequest, InvalidSettings, RequestTooLarge
 from mlserver_hftasks.tasks.base import Answered, Example, ModelFacts, Task
 from mlserver_hftasks.tasks.encoder import Encoding
-from mlserver_hftasks.tasks.signature import InputSpec, OutputSpec, Parameters, Signature, Tensor, padded_tensor
+from mlserver_hftasks.tasks.signature import (
+    InputSpec,
+    OutputSpec,
+    Parameters,
+    Signature,
+    Tensor,
+    padded_tensor,
+)
 from mlserver_hftasks.tasks.spans import best_spans, masked_softmax, windows, word_bounds
 
 DEFAULT_SEQUENCE = 384
@@ -38,13 +45,19 @@ class QuestionAnsweringParameters(Parameters):
     top_k: int | None = Field(None, ge=1, le=MOST_ANSWERS, description="how many answers (1)")
     topk: int | None = Field(None, ge=1, le=MOST_ANSWERS, description="old name of top_k")
     doc_stride: int | None = Field(
-        None, ge=0, description="context tokens that neighbouring windows share (half of max_seq_len, at most 128)"
+        None,
+        ge=0,
+        description="context tokens that neighbouring windows share (half of max_seq_len, at most 128)",
     )
     max_answer_len: int | None = Field(None, ge=1, description="longest answer in tokens (15)")
     max_seq_len: int | None = Field(
-        None, ge=1, description="tokens of a window, with the question and special tokens (384, or the model's limit)"
+        None,
+        ge=1,
+        description="tokens of a window, with the question and special tokens (384, or the model's limit)",
     )
-    max_question_len: int | None = Field(None, ge=1, description="accepted, no effect: questions are never cut")
+    max_question_len: int | None = Field(
+        None, ge=1, description="accepted, no effect: questions are never cut"
+    )
     handle_impossible_answer: bool | None = Field(None, description="let the empty answer compete (false)")
     align_to_words: bool | None = Field(None, description="widen answers to whole words (true)")
     padding: bool | Literal["longest", "max_length", "do_not_pad"] | None = Field(
@@ -55,27 +68,6 @@ class QuestionAnsweringParameters(Parameters):
     def answers(self) -> int:
         """How many answers are wanted."""
         return self.top_k or self.topk or 1
-
-
-@dataclass(frozen=True, slots=True)
-class _Window:
-    """Tokens `start` to `end` of the context, which stand at `offset` and after in the row."""
-
-    start: int
-    end: int
-    offset: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Passage:
-    """A context: its text, the characters (start, end) of each token, the words of each token."""
-
-    text: str
-    characters: IntArray
-    """[tokens, 2]"""
-    word_first: IntArray
-    word_last: IntArray
-    windows: tuple[_Window, ...]
 
 
 class QuestionAnswering(Task[QuestionAnsweringParameters]):
@@ -99,7 +91,9 @@ class QuestionAnswering(Task[QuestionAnsweringParameters]):
         outputs=(
             OutputSpec("answer", "BYTES", (-1, -1), 'the top_k answers, best first, filled up with ""'),
             OutputSpec("score", "FP32", (-1, -1), "their probabilities, filled up with 0"),
-            OutputSpec("start", "INT64", (-1, -1), "their first characters in the context, filled up with -1"),
+            OutputSpec(
+                "start", "INT64", (-1, -1), "their first characters in the context, filled up with -1"
+            ),
             OutputSpec("end", "INT64", (-1, -1), "the characters after their last, filled up with -1"),
         ),
     )
@@ -123,7 +117,8 @@ class QuestionAnswering(Task[QuestionAnsweringParameters]):
         room = self._sequence_length(parameters)
         pairs = list(zip(questions, contexts, strict=True))
         encodings = self.model.encoder.encode(
-            pairs if self._question_first else [(context, question) for question, context in pairs], limited=False
+            pairs if self._question_first else [(context, question) for question, context in pairs],
+            limited=False,
         )
         return [
             self._example(encoding, contexts[index], room, parameters.doc_stride, f"question[{index}]")
@@ -166,7 +161,9 @@ class QuestionAnswering(Task[QuestionAnsweringParameters]):
         if len(contexts) == 1:
             contexts *= len(questions)
         if len(contexts) != len(questions):
-            raise InvalidRequest(f"got {len(contexts)} contexts for {len(questions)} questions, expected 1 or as many @ context")
+            raise InvalidRequest(
+                f"got {len(contexts)} contexts for {len(questions)} questions, expected 1 or as many @ context"
+            )
         return questions, contexts
 
     def _from_items(self, items: Sequence[Any]) -> tuple[list[str], list[str]]:
@@ -177,16 +174,24 @@ class QuestionAnswering(Task[QuestionAnsweringParameters]):
         for index, item in enumerate(items):
             where = f"inputs[{index}]"
             if not isinstance(item, dict) or set(item) != {"question", "context"}:
-                got = f"the keys {sorted(map(str, item))}" if isinstance(item, dict) else f"{type(item).__name__} {item!r:.60}"
+                got = (
+                    f"the keys {sorted(map(str, item))}"
+                    if isinstance(item, dict)
+                    else f"{type(item).__name__} {item!r:.60}"
+                )
                 raise InvalidRequest(f"got {got}, expected a dict of question and context @ {where}")
             questions.append(self.text(item["question"], f"{where}.question"))
             contexts.append(self.text(item["context"], f"{where}.context"))
-        return self._nonempty(questions, "inputs", ".question"), self._nonempty(contexts, "inputs", ".context")
+        return self._nonempty(questions, "inputs", ".question"), self._nonempty(
+            contexts, "inputs", ".context"
+        )
 
     @staticmethod
     def _nonempty(texts: list[str], name: str, key: str = "") -> list[str]:
         if "" in texts:
-            raise InvalidRequest(f"got an empty text, expected at least one character @ {name}[{texts.index('')}]{key}")
+            raise InvalidRequest(
+                f"got an empty text, expected at least one character @ {name}[{texts.index('')}]{key}"
+            )
         return texts
 
     # -- windows ---------------------------------------------------------------------------------
@@ -197,21 +202,25 @@ class QuestionAnswering(Task[QuestionAnsweringParameters]):
         if length > limit:
             raise InvalidRequest(f"got {length}, expected 1..{limit} @ max_seq_len")
         if parameters.doc_stride is not None and parameters.doc_stride >= length:
-            raise InvalidRequest(f"got {parameters.doc_stride}, expected less than the {length} tokens of a window @ doc_stride")
+            raise InvalidRequest(
+                f"got {parameters.doc_stride}, expected less than the {length} tokens of a window @ doc_stride"
+            )
         return length
 
-    def _example(self, encoding: Encoding, text: str, length: int, overlap: int | None, where: str) -> Example:
+    def _example(
+        self, encoding: Encoding, text: str, length: int, overlap: int | None, where: str
+    ) -> Example:
         """The windows of one question and context. All that is not context is in each of them."""
         begin, end = self._context_range(encoding)
         tokens = end - begin
         spans = self._spans(tokens, len(encoding.ids), length, overlap, where)
         word_first, word_last = word_bounds(encoding.word_ids[begin:end])
-        passage = _Passage(
+        passage = Passage(
             text,
             np.array(encoding.offsets[begin:end], dtype=np.int64).reshape(-1, 2),
             word_first,
             word_last,
-            tuple(_Window(start, stop, begin) for start, stop in spans),
+            tuple(Window(start, stop, begin) for start, stop in spans),
         )
         whole = self.model.encoder.row(encoding)
         if len(spans) == 1:
@@ -256,20 +265,22 @@ class QuestionAnswering(Task[QuestionAnsweringParameters]):
 
     def _answers(self, answered: Answered, parameters: QuestionAnsweringParameters) -> list[Answer]:
         """The best answers over all windows, best first, at least one."""
-        passage: _Passage = answered.example.context
+        passage: Passage = answered.example.context
         found: list[Answer] = []
         no_answer = 1.0
-        for row, window, outputs in zip(answered.example.rows, passage.windows, answered.outputs, strict=True):
+        for row, window, outputs in zip(
+            answered.example.rows, passage.windows, answered.outputs, strict=True
+        ):
             start, end, cls = self._probabilities(row, window, outputs)
             no_answer = min(no_answer, cls)
             best = best_spans(start, end, parameters.max_answer_len or 15, parameters.answers)
-            found.extend(_to_text(passage, window, *best, align=parameters.align_to_words is not False))
+            found.extend(passage.answers(window, *best, align=parameters.align_to_words is not False))
         if parameters.handle_impossible_answer or not found:
             score = no_answer if parameters.handle_impossible_answer else 0.0
             found.append({"score": score, "start": 0, "end": 0, "answer": ""})
         return sorted(found, key=lambda answer: -answer["score"])[: parameters.answers]
 
-    def _probabilities(self, row: Row, window: _Window, outputs: Outputs) -> tuple[Any, Any, float]:
+    def _probabilities(self, row: Row, window: Window, outputs: Outputs) -> tuple[Any, Any, float]:
         """Of starting and of ending at each context token of the window, and of there being no answer.
 
         The models say the last at the CLS token, which therefore takes part in the softmax; where the
@@ -296,16 +307,3 @@ def _cut(row: Row, begin: int, end: int, start: int, stop: int) -> Row:
         for name, values in row.arrays.items()
     }
     return Row(arrays, row.key)
-
-
-def _to_text(
-    passage: _Passage, window: _Window, first: IntArray, last: IntArray, scores: Any, *, align: bool
-) -> Iterator[Answer]:
-    """Spans of a window's tokens as answers; `align`: with the rest of their words in the window."""
-    first, last = first + window.start, last + window.start
-    if align:
-        first = np.maximum(passage.word_first[first], window.start)
-        last = np.minimum(passage.word_last[last], window.end - 1)
-    starts, ends = passage.characters[first, 0], passage.characters[last, 1]
-    for start, end, score in zip(starts.tolist(), ends.tolist(), scores.tolist(), strict=True):
-        yield {"score": score, "start": start, "end": end, "answer": passage.text[start:end]}

@@ -107,11 +107,13 @@ def _shown(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def padded_tensor(datatype: Datatype, rows: Sequence[Sequence[Any]], fill: Any, width: int | None = None) -> Tensor:
+def padded_tensor(
+    datatype: Datatype, rows: Sequence[Sequence[Any]], fill: Any, width: int | None = None
+) -> Tensor:
     """Ragged rows as one tensor [n, width], short rows filled up; `width` defaults to the longest."""
     width = max((len(row) for row in rows), default=0) if width is None else width
     dtype = {"BYTES": np.object_, "FP32": np.float32, "INT64": np.int64, "BOOL": np.bool_}[datatype]
-    values = np.full((len(rows), width), fill, dtype=dtype)
+    values: npt.NDArray[Any] = np.full((len(rows), width), fill, dtype=dtype)
     for index, row in enumerate(rows):
         values[index, : len(row)] = row
     return Tensor(datatype, values)

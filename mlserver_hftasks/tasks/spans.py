@@ -1,14 +1,58 @@
-"""Arithmetic of answer spans: windows over a long text, words, probabilities, the best spans."""
+"""Spans of tokens in a context: windows, words, probabilities, the best spans, their text."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import sliding_window_view
 
 from mlserver_hftasks.engine.rows import FloatArray, IntArray
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Tokens `start` to `end` of a context, which stand at `offset` and after in the window's row."""
+
+    start: int
+    end: int
+    offset: int
+
+    @property
+    def in_row(self) -> slice:
+        """Positions of the context in the row."""
+        return slice(self.offset, self.offset + self.end - self.start)
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A context: its text, its windows, and of each of its tokens the characters and the word."""
+
+    text: str
+    windows: tuple[Window, ...]
+    characters: IntArray
+    """[tokens, 2]: the first character, and the one after the last."""
+    word_first: IntArray
+    """[tokens]: the first token of the token's word."""
+    word_last: IntArray
+
+    def answers(
+        self, window: Window, first: IntArray, last: IntArray, scores: FloatArray, *, align: bool
+    ) -> Iterator[dict[str, Any]]:
+        """Spans of a window's tokens as `score`, `start`, `end` and `answer`.
+
+        `align` adds the rest of the words at both ends, as far as it is in the window.
+        """
+        first, last = first + window.start, last + window.start
+        if align:
+            first = np.maximum(self.word_first[first], window.start)
+            last = np.minimum(self.word_last[last], window.end - 1)
+        starts, ends = self.characters[first, 0].tolist(), self.characters[last, 1].tolist()
+        for start, end, score in zip(starts, ends, scores.tolist(), strict=True):
+            yield {"score": score, "start": start, "end": end, "answer": self.text[start:end]}
 
 
 def windows(tokens: int, room: int, overlap: int) -> list[tuple[int, int]]:
@@ -46,7 +90,9 @@ def masked_softmax(logits: FloatArray, mask: npt.NDArray[np.bool_]) -> FloatArra
     return result
 
 
-def best_spans(start: FloatArray, end: FloatArray, longest: int, k: int) -> tuple[IntArray, IntArray, FloatArray]:
+def best_spans(
+    start: FloatArray, end: FloatArray, longest: int, k: int
+) -> tuple[IntArray, IntArray, FloatArray]:
     """The k spans of 1 to `longest` tokens with the largest start[first] * end[last], best first.
 
     `start` and `end` are [tokens]. Gives first tokens, last tokens (inclusive) and scores; fewer than k

@@ -102,9 +102,14 @@ class TextClassification(Task[TextClassificationParameters]):
             raise InvalidRequest("got both inputs and text, expected one of them @ text")
         if "text_pair" not in inputs:
             return list(self.texts(inputs["text"], "text"))
-        first, second = self.texts(inputs.get("text", ()), "text"), self.texts(inputs["text_pair"], "text_pair")
+        first, second = (
+            self.texts(inputs.get("text", ()), "text"),
+            self.texts(inputs["text_pair"], "text_pair"),
+        )
         if len(first) != len(second):
-            raise InvalidRequest(f"got {len(second)} second texts, expected {len(first)} as in text @ text_pair")
+            raise InvalidRequest(
+                f"got {len(second)} second texts, expected {len(first)} as in text @ text_pair"
+            )
         return list(zip(first, second, strict=True))
 
     def _counted(self, values: Sequence[Any]) -> Sequence[Any]:
