@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
 from mlserver_hftasks import metrics
 from mlserver_hftasks.settings import Settings
 from mlserver_hftasks.tasks.registry import ALIASES, TASKS, task_class
@@ -15,38 +18,49 @@ from mlserver_hftasks.tasks.signature import Signature
 FOLDER = Path(__file__).parent
 NOTE = "<!-- made by `make docs` from the code; edit that -->\n\n"
 
+SETTINGS_INTRODUCTION = """# Settings
+
+Keys of `parameters.extra` in `model-settings.json`. Unknown keys are refused. Strings are coerced (`"0"`, `"true"`,
+JSON), since Seldon Core v2 hands all values over as strings. `PREDICTIVE_UNIT_PARAMETERS` (Seldon Core v1) wins over
+`extra`, which wins over the environment (`MLSERVER_MODEL_HUGGINGFACE_TASK` and so on).
+
+MLServer's own `max_batch_size` is read as `batch_size` and then set to 0, so that its batcher stays away: it waits on
+an idle server and gives one client's parameters to another. `max_batch_time` bounds a wait that does not exist here.
+
+"""
+TASKS_INTRODUCTION = """# Tasks
+
+Every tensor name below can be sent as an input of a V2 request; parameters also as V2 request `parameters`. `args`
+with one element is one item by itself, as if the pipeline were called with it; all other names take lists. Without
+`outputs` in the request the answer is one BYTES output, `output`, with one JSON text per result; with `outputs` it is
+the tensors that the request names, and only those.
+"""
+
 
 def settings_page() -> str:
     """`parameters.extra` as a table."""
     schema = Settings.model_json_schema()["properties"]
     rows = [
-        (f"`{name}`", _kind(schema[name]), _default(field.get_default(call_default_factory=True)), field.description)
+        (
+            f"`{name}`",
+            _kind(schema[name]),
+            _default(field.get_default(call_default_factory=True)),
+            field.description,
+        )
         for name, field in Settings.model_fields.items()
     ]
-    return NOTE + (
-        "# Settings\n\nKeys of `parameters.extra` in `model-settings.json`. Unknown keys are refused. Strings are "
-        'coerced (`"0"`, `"true"`, JSON), since Seldon Core v2 hands all values over as strings. '
-        "`PREDICTIVE_UNIT_PARAMETERS` (Seldon Core v1) wins over `extra`, which wins over the environment "
-        "(`MLSERVER_MODEL_HUGGINGFACE_TASK` and so on).\n\n"
-        "MLServer's own `max_batch_size` is read as `batch_size` and then set to 0, so that its batcher stays away: "
-        "it waits on an idle server and gives one client's parameters to another. `max_batch_time` bounds a wait "
-        "that does not exist here.\n\n"
-    ) + _table(("key", "type", "default", "what it does"), rows)
+    return NOTE + SETTINGS_INTRODUCTION + _table(("key", "type", "default", "what it does"), rows)
 
 
 def tasks_page() -> str:
     """Inputs, parameters and outputs of each task."""
-    parts = [
-        "# Tasks\n\nEvery tensor name below can be sent as an input of a V2 request; parameters also as V2 request "
-        "`parameters`. `args` with one element is one item by itself, as if the pipeline were called with it; all "
-        "other names take lists. Without `outputs` in the request the answer is one BYTES output, `output`, with one "
-        "JSON text per result; with `outputs` it is the tensors that the request names, and only those.\n"
-    ]
+    parts = [TASKS_INTRODUCTION]
     for name in TASKS:
         kind = task_class(name)
         aliases = [alias for alias, task in ALIASES.items() if task == name]
         also = f" Also called {', '.join(f'`{alias}`' for alias in aliases)}." if aliases else ""
-        summary = (sys.modules[kind.__module__].__doc__ or "").strip().splitlines()[0].partition(": ")[2]
+        first_line = (sys.modules[kind.__module__].__doc__ or "").strip().splitlines()[0]
+        summary = first_line.partition(": ")[2]
         parts.append(f"## {name}\n\n{summary[:1].upper()}{summary[1:]}{also}\n\n{_signature(kind.signature)}")
     return NOTE + "\n".join(parts)
 
@@ -67,7 +81,8 @@ def _signature(signature: Signature) -> str:
         for name, field in signature.parameters.model_fields.items()
     ]
     outputs = [
-        (f"`{spec.name}`", spec.datatype, f"`{list(spec.shape)}`", spec.description) for spec in signature.outputs
+        (f"`{spec.name}`", spec.datatype, f"`{list(spec.shape)}`", spec.description)
+        for spec in signature.outputs
     ]
     return "\n".join(
         (
@@ -84,15 +99,18 @@ def _kind(schema: dict[str, Any]) -> str:
     if "const" in schema:
         return f"`{json.dumps(schema['const'])}`"
     if "anyOf" in schema:
-        return " or ".join(dict.fromkeys(_kind(member) for member in schema["anyOf"] if member.get("type") != "null"))
+        members = [member for member in schema["anyOf"] if member.get("type") != "null"]
+        return " or ".join(dict.fromkeys(map(_kind, members)))
     kind = schema.get("type", "any")
     return f"list of {_kind(schema['items'])}" if kind == "array" and schema.get("items") else str(kind)
 
 
 def _default(value: object) -> str:
+    if isinstance(value, BaseModel):
+        value = value.model_dump(exclude_none=True)
     if value is None or value in ("", {}):
         return ""
-    return "required" if repr(value) == "PydanticUndefined" else f"`{json.dumps(value)}`"
+    return "required" if value is PydanticUndefined else f"`{json.dumps(value)}`"
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mlserver_hftasks.backends.base import Backend, Head
@@ -67,7 +68,7 @@ def load(settings: Settings) -> Served:
         labels=_labels(settings, config, source.folder),
         truncation=settings.truncation,
         limits=ItemLimits(settings.max_items, settings.max_text_chars),
-        folder=str(source.folder) if source.folder else None,
+        folder=str(source.folder),
     )
     task = kind(facts)
     backend = TorchBackend(
@@ -83,7 +84,7 @@ def load(settings: Settings) -> Served:
 
 def probe_rows(encoder: Encoder, words: tuple[int, ...] = (1, 40, 12, 90)) -> list[Row]:
     """Rows of real tokens, about as many as `words` says, for probing and warming up."""
-    sentence = "the quick brown fox jumps over the lazy dog while seven wizards make toxic brew ".split()
+    sentence = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog"]
     texts = [" ".join((sentence * (count // len(sentence) + 1))[:count]) for count in words]
     arrays = [encoder.row(encoding).arrays for encoding in encoder.encode_as_fits(texts)]
     return [Row(row) for row in arrays]
@@ -96,14 +97,26 @@ class _Source:
         self._settings = settings
         self._name = settings.pretrained_model or ""
         self._common = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
-        self.folder = Path(self._name) if Path(self._name).is_dir() else None
+        self.folder = Path(self._name) if Path(self._name).is_dir() else self._snapshot()
+
+    def _snapshot(self) -> Path:
+        """The small files of a model on the hub, sentence-transformers' among them."""
+        patterns = ["*.json", "*_Dense/*"]
+        path = self._read(
+            snapshot_download,
+            self._name,
+            "pretrained_model",
+            revision=self._settings.revision,
+            allow_patterns=patterns,
+        )
+        return Path(path)
 
     def config(self) -> PretrainedConfig:
-        return self._read(AutoConfig, self._name, "pretrained_model", **self._common)
+        return self._read(AutoConfig.from_pretrained, self._name, "pretrained_model", **self._common)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         name = self._settings.pretrained_tokenizer or self._name
-        tokenizer = self._read(AutoTokenizer, name, "pretrained_tokenizer", **self._common)
+        tokenizer = self._read(AutoTokenizer.from_pretrained, name, "pretrained_tokenizer", **self._common)
         if self._settings.do_lower_case:
             _lower_case(tokenizer)
         return tokenizer
@@ -118,7 +131,12 @@ class _Source:
         auto_class = getattr(transformers, head.auto_class)
         with _quiet_transformers():
             model, report = self._read(
-                auto_class, self._name, "pretrained_model", config=config, output_loading_info=True, **options
+                auto_class.from_pretrained,
+                self._name,
+                "pretrained_model",
+                config=config,
+                output_loading_info=True,
+                **options,
             )
         if missing := sorted(report["missing_keys"]):
             logger.warning(
@@ -127,9 +145,9 @@ class _Source:
         loaded: PreTrainedModel = model
         return loaded
 
-    def _read(self, auto_class: Any, name: str, key: str, **options: Any) -> Any:
+    def _read(self, read: Callable[..., Any], name: str, key: str, **options: Any) -> Any:
         try:
-            return auto_class.from_pretrained(name, **options)
+            return read(name, **options)
         except (OSError, ValueError, ImportError, KeyError) as error:
             reason = " ".join(str(error).split())
             if "safetensors" in reason:
@@ -151,8 +169,8 @@ def _quiet_transformers() -> Iterator[None]:
         transformers.utils.logging.set_verbosity(verbosity)
 
 
-def _infer_task(config: PretrainedConfig, folder: Path | None) -> str:
-    if folder is not None and (folder / "modules.json").is_file():
+def _infer_task(config: PretrainedConfig, folder: Path) -> str:
+    if (folder / "modules.json").is_file():
         return "sentence-embedding"
     for architecture in config.architectures or ():
         for ending, task in TASK_OF_HEAD.items():
@@ -201,7 +219,8 @@ def _max_tokens(settings: Settings, tokenizer: PreTrainedTokenizerBase, model: P
         return int(most)
     if settings.max_length > most:
         raise InvalidSettings(
-            f"got {settings.max_length}, expected 1..{most}: the model takes no more @ parameters.extra.max_length"
+            f"got {settings.max_length}, expected 1..{most}: the model takes no more "
+            "@ parameters.extra.max_length"
         )
     return settings.max_length
 
@@ -227,12 +246,12 @@ def _pad_token_id(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) ->
     return int(candidate)
 
 
-def _labels(settings: Settings, config: PretrainedConfig, folder: Path | None) -> tuple[str, ...]:
+def _labels(settings: Settings, config: PretrainedConfig, folder: Path) -> tuple[str, ...]:
     """Names by index: the setting, else `index_to_name.json`, else the model's config."""
     own = config.id2label or {}
     names = tuple(str(own[index]) for index in sorted(own))
     given, where = settings.labels, "parameters.extra.labels"
-    if given is None and folder is not None and (folder / "index_to_name.json").is_file():
+    if given is None and (folder / "index_to_name.json").is_file():
         given, where = _read_index_to_name(folder / "index_to_name.json"), "index_to_name.json"
     if given is None:
         return names
@@ -256,7 +275,8 @@ def _read_index_to_name(path: Path) -> dict[int, str] | list[str]:
         return [str(name) for name in listed]
     except (ValueError, TypeError, AttributeError) as error:
         raise InvalidSettings(
-            f'cannot be read ({error}), expected {{"0": "name"}} or {{"label_list": ["name"]}} @ index_to_name.json'
+            f'cannot be read ({error}), expected {{"0": "name"}} or {{"label_list": ["name"]}} '
+            "@ index_to_name.json"
         ) from None
 
 

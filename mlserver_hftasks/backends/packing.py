@@ -65,9 +65,12 @@ class Backbone:
         self._module.forward = self
 
     def use(self, layout: Layout) -> None:
-        """Change the layout of the batches that follow."""
+        """Change the layout of the batches that follow. Raises TypeError if the model knows no such layout."""
+        if layout is Layout.VARLEN and not self._module._supports_attention_backend:
+            raise TypeError("its attention is not behind AttentionInterface")
         implementation = ATTENTION_NAME if layout is Layout.VARLEN else self._attention
-        self._module.set_attn_implementation(implementation)
+        if implementation != self._module.config._attn_implementation:
+            self._module.set_attn_implementation(implementation)
         self.layout = layout
 
     def release(self) -> None:

@@ -21,8 +21,8 @@ TOLERANCES = {torch.bfloat16: 6e-2, torch.float16: 1e-2}
 """Largest difference, relative to the largest output, that batching a row with others may make."""
 TOLERANCE = 1e-4
 """The same for other dtypes."""
-BLOCK_TOKENS = {"cpu": 512}
-"""Tokens of one pass in the block layout, where attention costs their square, by kind of device."""
+BLOCK_TOKENS = {"cpu": 256}
+"""Tokens of one pass in the block layout, where attention costs their square; 2048 on other devices."""
 
 
 class TorchBackend:

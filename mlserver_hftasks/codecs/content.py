@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import orjson
 from mlserver.types import RequestInput
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from mlserver_hftasks.errors import InvalidRequest, did_you_mean
 
@@ -151,9 +151,13 @@ def _image(element: Any, where: str) -> Image.Image:
         image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InvalidRequest(
-            f"an image that cannot be read ({error}), expected base64 of an image @ {where}"
+            f"an image that cannot be read ({_reason(error)}), expected base64 of an image @ {where}"
         ) from None
     return image
+
+
+def _reason(error: Exception) -> str:
+    return "of no known format" if isinstance(error, UnidentifiedImageError) else str(error)
 
 
 def _decode_str(tensor: RequestInput, elements: list[Any]) -> Decoded:

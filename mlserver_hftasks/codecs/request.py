@@ -29,7 +29,7 @@ PROTOCOL_PARAMETERS = frozenset(
 """Request parameters that belong to the protocol and its clients, not to a task."""
 
 
-_JSON_NAMES = {str: "a text", dict: "an object", list: "a list"}
+_JSON_NAMES: dict[type, str] = {str: "a text", dict: "an object", list: "a list"}
 
 DATATYPES = frozenset(member.value for member in Datatype)
 
@@ -61,36 +61,46 @@ def check_envelope(content: Any) -> None:
     if not isinstance(content, dict) or not isinstance(content.get("inputs"), list):
         raise InvalidRequest("no list of inputs, expected a V2 inference request @ inputs")
     _check_type(content.get("id"), str, "id")
-    _check_type(content.get("parameters"), dict, "parameters")
+    _check_parameters(content.get("parameters"), "parameters")
     _check_type(content.get("outputs"), list, "outputs")
     for index, output in enumerate(content.get("outputs") or ()):
         if not isinstance(output, dict) or not isinstance(output.get("name"), str):
             raise InvalidRequest(f"got {output!r:.60}, expected an output with a name @ outputs[{index}]")
-        _check_type(output.get("parameters"), dict, f"outputs[{index}].parameters")
+        _check_parameters(output.get("parameters"), f"outputs[{index}].parameters")
     for index, tensor in enumerate(content["inputs"]):
         _check_tensor(tensor, f"inputs[{index}]")
 
 
 def _check_type(value: Any, kind: type, where: str) -> None:
     if value is not None and not isinstance(value, kind):
-        raise InvalidRequest(f"got {type(value).__name__} {value!r:.60}, expected {_JSON_NAMES[kind]} @ {where}")
+        raise InvalidRequest(
+            f"got {type(value).__name__} {value!r:.60}, expected {_JSON_NAMES[kind]} @ {where}"
+        )
 
 
 def _check_tensor(tensor: Any, where: str) -> None:
     if not isinstance(tensor, dict) or not isinstance(tensor.get("name"), str):
         raise InvalidRequest(f"a tensor without a name, expected name, shape, datatype and data @ {where}")
-    shape = tensor.get("shape")
+    _check_layout(tensor.get("shape"), tensor.get("datatype"), where)
+    if tensor.get("data") is None:
+        raise InvalidRequest(f"a tensor without data, expected a list of elements @ {where}.data")
+    _check_parameters(tensor.get("parameters"), f"{where}.parameters")
+
+
+def _check_layout(shape: Any, datatype: Any, where: str) -> None:
     if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
         raise InvalidRequest(f"got the shape {shape!r:.60}, expected a list of sizes @ {where}.shape")
-    got = str(tensor.get("datatype"))
+    got = str(getattr(datatype, "value", datatype))
     if got not in DATATYPES:
         raise InvalidRequest(
             f"got the datatype {got!r:.40}, {did_you_mean(got, DATATYPES)} @ {where}.datatype"
         )
-    if tensor.get("data") is None:
-        raise InvalidRequest(f"a tensor without data, expected a list of elements @ {where}.data")
-    _check_type(tensor.get("parameters"), dict, f"{where}.parameters")
-    _check_type((tensor.get("parameters") or {}).get("content_type"), str, f"{where}.parameters.content_type")
+
+
+def _check_parameters(parameters: Any, where: str) -> None:
+    _check_type(parameters, dict, where)
+    _check_type((parameters or {}).get("content_type"), str, f"{where}.content_type")
+    _check_type((parameters or {}).get("headers"), dict, f"{where}.headers")
 
 
 def decode_request(request: InferenceRequest, names: Names) -> Call:
@@ -102,6 +112,7 @@ def decode_request(request: InferenceRequest, names: Names) -> Call:
     scalar = False
     for tensor in {tensor.name: tensor for tensor in request.inputs}.values():
         own_name = names.inputs.get(tensor.name) or _known(tensor.name, names)
+        _check_layout(tensor.shape, tensor.datatype, tensor.name)  # gRPC messages come unchecked
         decoded = decode_tensor(tensor, default)
         if tensor.name not in names.inputs:
             parameters[own_name] = _parameter(tensor, decoded, names)

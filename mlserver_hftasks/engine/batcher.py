@@ -86,6 +86,8 @@ class Batcher:
         Raises `Overloaded` at once, `Unavailable` when closing, `ForwardFailed` if the model raised on
         one of these rows. Cancelling the call takes its waiting rows out of the queue.
         """
+        if not rows:
+            return []
         waiter = _Waiter(self._loop.create_future(), [None] * len(rows))
         with self._wake:
             if self._closed:
@@ -126,7 +128,7 @@ class Batcher:
             self._on_thread_start()
             while (batch := self._take_batch()) is not None:
                 self._run_batch(batch)
-        except Exception as error:
+        except BaseException as error:
             # Only a defect of ours gets here; whoever waits must be told all the same.
             self._post(self._fail_all, ForwardFailed(f"the device thread failed: {error!r}"))
 
@@ -157,7 +159,10 @@ class Batcher:
     def _execute(self, tickets: Sequence[Ticket]) -> list[Result]:
         """Outputs or an error per row. A batch that fails is halved until the failing row is alone."""
         try:
-            return list(self._backend.forward([ticket.row for ticket in tickets]))
+            outputs = self._backend.forward([ticket.row for ticket in tickets])
+            if len(outputs) != len(tickets):
+                raise RuntimeError(f"{len(outputs)} outputs for {len(tickets)} rows")
+            return list(outputs)
         except Exception as error:
             if len(tickets) == 1:
                 return [error]

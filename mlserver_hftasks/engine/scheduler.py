@@ -2,10 +2,11 @@
 
 Continuous: `next_batch` never waits for more rows; under load they gather while the device is busy.
 
-Fair: jobs are served in the order of `enqueued_at + remaining seconds`, so a short job that comes
-second overtakes a long one, and a long one that has waited for as long as it takes to run is overtaken
-by nobody (shortest remaining work first, with linear ageing; the order of two waiting jobs never
-depends on the time, so a heap holds it).
+Fair: jobs are served in the order of their due dates, `enqueued_at + PATIENCE * seconds they take alone`.
+So a short job that comes second overtakes a long one, and goes into the next batch for as long as short
+jobs leave the long one a share of 1/PATIENCE of the device; a long one that is due is overtaken by
+nobody, so nothing starves. (Earliest due date first, with due dates that bound the slowdown; they never
+change, so a heap holds the order.)
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from mlserver_hftasks.errors import Overloaded
 
 MIN_BUDGET_TOKENS = 128
 """No learned budget goes below this: a lone text of usual length always fits."""
+PATIENCE = 4.0
+"""A job is due after this many times the seconds that it takes alone. With less, a bulk job would be due,
+and hold up everybody, before it is done even on a device that it has almost for itself."""
 MAX_MISFITS = 8
 """How many jobs whose next row does not fit are passed over before a packed batch is closed."""
 POOL_FACTOR = 4
@@ -40,6 +44,12 @@ class Limits:
     latency_target_s: float | None = None
 
 
+_Entry = tuple[float, int, Job]
+"""Due date, number in order of arrival, job."""
+_Queue = list[_Entry]
+"""A heap."""
+
+
 class Scheduler:
     """Jobs in, batches out.
 
@@ -50,7 +60,7 @@ class Scheduler:
         self.limits = limits
         self.cost = cost
         self._padded = padded
-        self._queues: dict[Hashable, list[tuple[float, int, Job]]] = {}
+        self._queues: dict[Hashable, _Queue] = {}
         self._sequence = itertools.count()
         self._busy_until = 0.0
         self.queued_rows = 0
@@ -61,15 +71,19 @@ class Scheduler:
     def submit(self, rows: Sequence[Row], now: float) -> Job:
         """Queue the rows of one request, which share one key.
 
-        Raises `Overloaded` when the queue is full or the predicted wait would break the latency target.
+        Raises `Overloaded` when the queue is full or the predicted wait would break the latency target,
+        ValueError for no rows or several keys.
         """
+        if len({row.key for row in rows}) != 1:
+            raise ValueError("a job has at least one row, and all of one key")
         tokens = sum(row.cost for row in rows)
         self.check_admission(len(rows), tokens, now)
         pending = list(range(len(rows) - 1, -1, -1))
         if self._padded:
             pending.sort(key=lambda index: -rows[index].cost)
         job = Job(tuple(rows), now, pending, tokens)
-        self._push(job)
+        entry = (self._due(tokens, now), next(self._sequence), job)
+        heapq.heappush(self._queues.setdefault(job.key, []), entry)
         self.queued_rows += len(rows)
         self.queued_tokens += tokens
         return job
@@ -126,7 +140,7 @@ class Scheduler:
         if seconds is not None:
             self.cost.observe(batch.cost, seconds)
 
-    def _most_urgent_queue(self) -> list[tuple[float, int, Job]] | None:
+    def _most_urgent_queue(self) -> _Queue | None:
         for key in list(self._queues):
             queue = self._queues[key]
             while queue and not queue[0][2].pending:
@@ -135,47 +149,54 @@ class Scheduler:
                 del self._queues[key]
         return min(self._queues.values(), default=None, key=lambda queue: queue[0][:2])
 
-    def _fill_packed(self, queue: list[tuple[float, int, Job]]) -> list[Ticket]:
+    def _fill_packed(self, queue: _Queue) -> list[Ticket]:
         budget, rows = self.budget_tokens, self.limits.max_batch_rows
         tickets: list[Ticket] = []
-        touched: list[Job] = []
+        touched: list[_Entry] = []
         misfits = 0
         while queue and misfits < MAX_MISFITS and len(tickets) < rows and budget > 0:
-            job = heapq.heappop(queue)[2]
-            touched.append(job)
+            touched.append(heapq.heappop(queue))
+            job = touched[-1][2]
             while job.pending and len(tickets) < rows:
                 if tickets and job.rows[job.pending[-1]].cost > budget:
                     misfits += 1
                     break
-                ticket = self._take(job, -1)
+                ticket = Ticket(job, job.pending.pop())
+                self._left(ticket)
                 budget -= ticket.row.cost
                 tickets.append(ticket)
-        for job in touched:
-            self._push(job)
+        self._put_back(queue, touched)
         return tickets
 
-    def _fill_padded(self, queue: list[tuple[float, int, Job]]) -> list[Ticket]:
-        jobs, pool = self._pool(queue)
-        pool.sort(key=lambda ticket: ticket.row.cost)
-        seed = next(i for i, ticket in enumerate(pool) if ticket.job is jobs[0])
-        first, last = self._best_window([ticket.row.cost for ticket in pool], seed)
-        chosen = pool[first : last + 1]
+    def _fill_padded(self, queue: _Queue) -> list[Ticket]:
+        touched, pool = self._pool(queue)
+        costs = [ticket.row.cost for ticket in pool]
+        most_urgent = min(
+            cost for ticket, cost in zip(pool, costs, strict=True) if ticket.job is touched[0][2]
+        )
+        # Of rows of one length the more urgent ones lie nearer to the most urgent row of all.
+        order = sorted(range(len(pool)), key=lambda i: (costs[i], i if costs[i] >= most_urgent else -i))
+        seed = sum(cost < most_urgent for cost in costs)
+        first, last = self._best_window([costs[i] for i in order], seed)
+        chosen = [pool[i] for i in order[first : last + 1]]
+        leaving = {(ticket.job, ticket.index) for ticket in chosen}
+        for _, _, job in touched:
+            job.pending = [index for index in job.pending if (job, index) not in leaving]
         for ticket in chosen:
-            self._take(ticket.job, ticket.job.pending.index(ticket.index))
-        for job in jobs:
-            self._push(job)
+            self._left(ticket)
+        self._put_back(queue, touched)
         return chosen
 
-    def _pool(self, queue: list[tuple[float, int, Job]]) -> tuple[list[Job], list[Ticket]]:
-        jobs: list[Job] = []
+    def _pool(self, queue: _Queue) -> tuple[list[_Entry], list[Ticket]]:
+        touched: list[_Entry] = []
         pool: list[Ticket] = []
         size = min(POOL_FACTOR * self.limits.max_batch_rows, 256)
         while queue and len(pool) < size:
-            job = heapq.heappop(queue)[2]
-            if job.pending:
-                jobs.append(job)
-                pool.extend(Ticket(job, index) for index in job.pending[len(pool) - size :])
-        return jobs, pool
+            entry = heapq.heappop(queue)
+            if job_pending := entry[2].pending:
+                touched.append(entry)
+                pool.extend(Ticket(entry[2], index) for index in job_pending[len(pool) - size :])
+        return touched, pool
 
     def _best_window(self, costs: list[int], seed: int) -> tuple[int, int]:
         """First and last index of the window around `seed` with the most useful tokens per second."""
@@ -216,12 +237,9 @@ class Scheduler:
     def predicted_wait_s(self, tokens: int, now: float) -> float:
         """Predicted seconds until a job of that many tokens would start, were it submitted now."""
         running = max(self._busy_until - now, 0.0)
-        urgency = now + self.seconds_of(tokens)
+        due = self._due(tokens, now)
         ahead = sum(
-            job.remaining_tokens
-            for queue in self._queues.values()
-            for job_urgency, _, job in queue
-            if job_urgency <= urgency
+            job.remaining_tokens for queue in self._queues.values() for date, _, job in queue if date <= due
         )
         return running + self.seconds_of(ahead)
 
@@ -231,17 +249,18 @@ class Scheduler:
         """The jobs that have rows waiting."""
         return (job for queue in self._queues.values() for _, _, job in queue if job.pending)
 
-    def _push(self, job: Job) -> None:
-        if job.pending:
-            urgency = job.enqueued_at + self.seconds_of(job.remaining_tokens)
-            heapq.heappush(self._queues.setdefault(job.key, []), (urgency, next(self._sequence), job))
+    def _due(self, tokens: int, now: float) -> float:
+        return now + PATIENCE * self.seconds_of(tokens)
 
-    def _take(self, job: Job, position: int) -> Ticket:
-        ticket = Ticket(job, job.pending.pop(position))
-        job.remaining_tokens -= ticket.row.cost
+    def _put_back(self, queue: _Queue, entries: Sequence[_Entry]) -> None:
+        for entry in entries:
+            if entry[2].pending:
+                heapq.heappush(queue, entry)
+
+    def _left(self, ticket: Ticket) -> None:
+        ticket.job.remaining_tokens -= ticket.row.cost
         self.queued_rows -= 1
         self.queued_tokens -= ticket.row.cost
-        return ticket
 
     def _cost_of(self, tickets: Sequence[Ticket]) -> int:
         costs = [ticket.row.cost for ticket in tickets]

@@ -6,6 +6,9 @@
 - a 429 carries Retry-After;
 - a REST body over the model's limit is refused while it is read, before and after gunzip, and one that
   is no V2 request with a 400 in the protocol's form (FastAPI answers 422 in its own);
+- a gRPC message that is no V2 request is an INVALID_ARGUMENT (MLServer says INTERNAL), and so is a
+  parameter of a kind that MLServer drops in silence;
+- a stream that fails before its first answer has the error's own status (MLServer says 500);
 - what a client did wrong is not logged with a traceback.
 
 The changes touch requests to models of this package only, save the first, which adds codes.
@@ -16,20 +19,26 @@ from __future__ import annotations
 import logging
 import math
 import re
+import struct
 import zlib
+from collections.abc import AsyncIterator, Mapping
+from email.message import Message
 from functools import cache
 from typing import Any
 
 import grpc
 import mlserver.grpc.utils
+import mlserver.rest.endpoints
 import mlserver.rest.errors
 import orjson
 from mlserver.errors import MLServerError
+from mlserver.grpc.servicers import InferenceServicer
 from mlserver.rest.requests import Request
 from mlserver.rest.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.responses import StreamingResponse
 
-from mlserver_hftasks.codecs.request import check_envelope
+from mlserver_hftasks.codecs.request import PROTOCOL_PARAMETERS, check_envelope
 from mlserver_hftasks.errors import HFTasksError, InvalidSettings, Overloaded
 
 GRPC_CODES = {
@@ -106,12 +115,58 @@ def prepare_server() -> None:
         return content
 
     Request.body, Request.json = body, json
+    mlserver.rest.endpoints.StreamingResponse = _Stream
+    _refuse_bad_messages()
+
+
+def _refuse_bad_messages() -> None:
+    """gRPC: what MLServer cannot convert, or would drop, is the client's fault and told so."""
+    convert = InferenceServicer._InsertHeaders
+
+    def insert_headers(servicer: InferenceServicer, request: Any, context: Any) -> Any:
+        if request.model_name in _body_limits:
+            _check_kinds(request.parameters)
+        try:
+            return convert(servicer, request, context)
+        except (ValueError, IndexError, struct.error) as error:
+            reason = " ".join(str(error).split())
+            raise MLServerError(
+                f"a message that cannot be read ({reason}), expected a V2 inference request @ inputs", 400
+            ) from None
+
+    InferenceServicer._InsertHeaders = insert_headers
+
+
+def _check_kinds(parameters: Mapping[str, Any]) -> None:
+    for name, parameter in parameters.items():
+        if name not in PROTOCOL_PARAMETERS and not parameter.ListFields():
+            raise MLServerError(
+                "a parameter of a kind that MLServer does not take over gRPC, expected a boolean, an integer "
+                f"or a text (or the value as a tensor of that name) @ {name}",
+                400,
+            )
+
+
+class _Stream(StreamingResponse):
+    """Has its first piece before it says 200: what fails until then is answered as any error."""
+
+    # All in the task that streams: MLServer's generator holds context variables.
+    async def stream_response(self, send: Any) -> None:
+        pieces = aiter(self.body_iterator)
+        first = await anext(pieces, b"")
+
+        async def all_pieces() -> AsyncIterator[Any]:
+            yield first
+            async for piece in pieces:
+                yield piece
+
+        self.body_iterator = all_pieces()
+        await super().stream_response(send)
 
 
 async def _read_body(request: Request, limit: int) -> bytes:
-    gunzip = None
-    if "gzip" in request.headers.getlist("Content-Encoding"):
-        gunzip = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
+    _check_content_type(request)
+    gunzip = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16) if _is_compressed(request) else None
     chunks: list[bytes] = []
     size = 0
     async for sent in request.stream():
@@ -125,7 +180,24 @@ async def _read_body(request: Request, limit: int) -> bytes:
         chunks.append(chunk)
     if gunzip is not None and (not gunzip.eof or gunzip.unused_data):
         raise BadBody("a body that is not one whole gzip stream, expected gzip @ body")
+    if not size:
+        raise BadBody("an empty body, expected a V2 inference request @ body")
     return b"".join(chunks)
+
+
+def _check_content_type(request: Request) -> None:
+    message = Message()
+    message["Content-Type"] = request.headers.get("Content-Type", "application/json")
+    content_type = message.get_content_type()
+    if not re.fullmatch(r"application/(json|[^/]+\+json)", content_type):
+        raise BadBody(f"got the content type {content_type!r:.80}, expected application/json @ body")
+
+
+def _is_compressed(request: Request) -> bool:
+    encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
+    if encoding not in {"identity", "gzip"}:
+        raise BadBody(f"got the content encoding {encoding!r:.80}, expected gzip or none @ body")
+    return bool(encoding == "gzip")
 
 
 def _error_response(status_code: int, content: dict[str, Any]) -> Response:
@@ -136,4 +208,4 @@ def _error_response(status_code: int, content: dict[str, Any]) -> Response:
 
 def _is_not_the_clients_fault(record: logging.LogRecord) -> bool:
     error = record.exc_info[1] if record.exc_info else None
-    return not (isinstance(error, MLServerError) and error.status_code < 500)
+    return not (isinstance(error, MLServerError) and error.status_code != 500)

@@ -50,8 +50,6 @@ class Encoding(Protocol):
     sequence_ids: list[int | None]
     overflowing: list[Any]
 
-    def token_to_word(self, token_index: int) -> int | None: ...
-    def word_to_chars(self, word_index: int, sequence_index: int = 0) -> tuple[int, int] | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,10 +141,17 @@ class Encoder:
                     direction=self.tokenizer.truncation_side,
                 )
                 encoding: Encoding = self._cutting.encode_batch([text], is_pretokenized=words)[0]
-            except Exception as error:  # tokenizers raises bare Exception
+            except BaseException as error:  # a panic of Rust is no Exception
+                if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                    raise
                 raise InvalidRequest(
                     f"the text cannot be cut to {truncation.max_length} tokens: {error} @ {where}"
                 ) from None
+        if len(encoding.ids) > truncation.max_length:
+            raise InvalidRequest(
+                f"got {truncation.max_length}, but the special tokens alone are more, expected up to "
+                f"{self.max_tokens} @ max_length"
+            )
         return encoding
 
     def _encode_slow(self, text: TextOrPair, truncation: Truncation | None, words: bool) -> Encoding:

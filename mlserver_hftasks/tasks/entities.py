@@ -6,7 +6,6 @@ The aggregation strategies are those of `transformers.TokenClassificationPipelin
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -16,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mlserver_hftasks.engine.rows import FloatArray, IntArray
 from mlserver_hftasks.tasks.scores import softmax
+from mlserver_hftasks.tasks.windows import Window
 
 BoolArray = npt.NDArray[np.bool_]
 Aggregation = Literal["none", "simple", "first", "average", "max"]
@@ -23,18 +23,6 @@ WORD_LEVEL = frozenset({"first", "average", "max"})
 """The strategies that never give the tokens of one word different labels."""
 
 SPACE = ord(" ")
-
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """The tokens of one row, without the special ones."""
-
-    ids: IntArray
-    """[tokens]"""
-    positions: IntArray
-    """[tokens], their places in the row."""
-    spans: IntArray | None
-    """[tokens, 2], first and one past the last character in the text; None where nobody knows."""
 
 
 class Tags:
@@ -126,11 +114,9 @@ class EntityFinder:
         if aggregation == "none":
             return self._tokens(text, window, scores, ignore)
         if aggregation == "simple":
-            starts = np.arange(len(scores))
-        else:
-            starts = self._vocabulary.word_starts(window, text)
-            scores = word_scores(scores, starts, aggregation)
-        return self._groups(text, window, scores, starts, aggregation in WORD_LEVEL, ignore)
+            return self._groups(text, window, scores, None, ignore)
+        words = self._vocabulary.word_starts(window, text)
+        return self._groups(text, window, word_scores(scores, words, aggregation), words, ignore)
 
     def _tokens(
         self, text: str, window: Window, scores: FloatArray, ignore: Set[str]
@@ -151,33 +137,27 @@ class EntityFinder:
         ]
 
     def _groups(
-        self,
-        text: str,
-        window: Window,
-        scores: FloatArray,
-        starts: IntArray,
-        by_word: bool,
-        ignore: Set[str],
+        self, text: str, window: Window, scores: FloatArray, words: IntArray | None, ignore: Set[str]
     ) -> list[dict[str, Any]]:
-        """Neighbouring units of one entity together: unit u, a token or a word, begins at token starts[u]."""
+        """Neighbouring words of one entity together, by where words start; with None, tokens."""
         best = scores.argmax(axis=1)
         firsts = self._tags.starts(best)
         lasts = np.append(firsts[1:], len(best))
         means = group_means(scores.max(axis=1), firsts)
         kept = np.flatnonzero(~_among(self._tags.groups, ignore)[best[firsts]]).tolist()
         tokens = self._vocabulary.tokens(window, text) if kept else []
-        edges = np.append(starts, len(window.ids))
+        edges = np.append(np.arange(len(scores)) if words is None else words, len(window.ids))
         entities = []
         for group in kept:
             bounds = edges[firsts[group] : lasts[group] + 1].tolist()
-            words = tokens[bounds[0] : bounds[-1]]
-            if by_word:
-                words = [self._vocabulary.joined(tokens[start:end]) for start, end in pairwise(bounds)]
+            pieces = tokens[bounds[0] : bounds[-1]]
+            if words is not None:
+                pieces = [self._vocabulary.joined(tokens[start:end]) for start, end in pairwise(bounds)]
             entities.append(
                 {
                     "entity_group": self._tags.groups[best[firsts[group]]],
                     "score": float(means[group]),
-                    "word": self._vocabulary.joined(words),
+                    "word": self._vocabulary.joined(pieces),
                     **_span(window, bounds[0], bounds[-1] - 1),
                 }
             )
@@ -199,20 +179,19 @@ def word_scores(scores: FloatArray, starts: IntArray, aggregation: Aggregation) 
     """One score per label for each word, [words, labels], from those of its tokens, [tokens, labels]."""
     if aggregation == "first":
         return scores[starts]
-    sizes = np.diff(starts, append=len(scores))
     if aggregation == "average":
-        mean: FloatArray = np.add.reduceat(scores, starts, axis=0) / sizes[:, None].astype(np.float32)
-        return mean
+        return group_means(scores, starts)
+    sizes = np.diff(starts, append=len(scores))
     words = np.repeat(np.arange(len(starts)), sizes)
     surest_first = np.lexsort((-scores.max(axis=1), words))
     return scores[surest_first[starts]]
 
 
 def group_means(values: FloatArray, starts: IntArray) -> FloatArray:
-    """The mean of each group of values, [groups]."""
+    """The mean of each group of values along the first axis, [groups, ...]."""
     sizes = np.diff(starts, append=len(values)).astype(np.float32)
-    means: FloatArray = np.add.reduceat(values, starts) / sizes
-    return means
+    sums: FloatArray = np.add.reduceat(values, starts, axis=0)
+    return (sums.T / sizes).T
 
 
 def without_overlaps(entities: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -236,14 +215,3 @@ def without_overlaps(entities: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _rank(entity: dict[str, Any]) -> tuple[int, float]:
     return entity["end"] - entity["start"], entity["score"]
-
-
-def spans_of(
-    offsets: Sequence[tuple[int, int]], word_ids: Sequence[int | None], word_starts: IntArray
-) -> IntArray:
-    """Spans in a text from offsets within its words, [tokens, 2]; tokens of no word keep their offsets."""
-    spans = np.array(offsets, dtype=np.int64).reshape(-1, 2)
-    words = np.array([-1 if word is None else word for word in word_ids], dtype=np.int64)
-    inside = words >= 0
-    spans[inside] += word_starts[words[inside], None]
-    return spans

@@ -1,22 +1,21 @@
 """question-answering: the spans of a context that answer a question.
 
 transformers 5 has no such pipeline; results equal those of version 4.41.2, the newest that
-`mlserver_huggingface` runs on (later ones add up the scores of answers with the same text). Differences: spans
-with a score of zero are left out, unless there is no other; answers come from the context alone, also where
-the tokenizer pads on the left; and what crashed there is answered or refused cleanly.
+`mlserver_huggingface` runs on (later ones add up the scores of answers with the same text). Differences:
+spans with a score of zero are left out, unless there is no other; answers come from the context alone, also
+where the tokenizer pads on the left; and what crashed there is answered, or refused with a reason.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
 
 from mlserver_hftasks.backends.base import Head, Level
-from mlserver_hftasks.engine.rows import IntArray, Outputs, Row
+from mlserver_hftasks.engine.rows import Outputs, Row
 from mlserver_hftasks.errors import InvalidRequest, InvalidSettings, RequestTooLarge
 from mlserver_hftasks.tasks.base import Answered, Example, ModelFacts, Task
 from mlserver_hftasks.tasks.encoder import Encoding
@@ -28,9 +27,17 @@ from mlserver_hftasks.tasks.signature import (
     Tensor,
     padded_tensor,
 )
-from mlserver_hftasks.tasks.spans import best_spans, masked_softmax, windows, word_bounds
+from mlserver_hftasks.tasks.spans import (
+    Passage,
+    Window,
+    best_spans,
+    cut,
+    masked_softmax,
+    windows,
+    word_bounds,
+)
 
-DEFAULT_SEQUENCE = 384
+DEFAULT_LENGTH = 384
 DEFAULT_OVERLAP = 128
 """Tokens; as in the pipeline of version 4, which took them from SQuAD."""
 MOST_ANSWERS = 1000
@@ -103,8 +110,8 @@ class QuestionAnswering(Task[QuestionAnsweringParameters]):
         tokenizer = model.encoder.tokenizer
         if not model.encoder.is_fast:
             raise InvalidSettings(
-                f"{type(tokenizer).__name__} is written in Python, expected a tokenizer.json, since answers need the "
-                "characters of each token @ pretrained_tokenizer"
+                f"{type(tokenizer).__name__} does not say which characters a token covers, expected one "
+                "with a tokenizer.json @ parameters.extra.pretrained_tokenizer"
             )
         self._question_first = tokenizer.padding_side == "right"
         self._cls_token_id = tokenizer.cls_token_id
@@ -113,16 +120,14 @@ class QuestionAnswering(Task[QuestionAnsweringParameters]):
         self, inputs: Mapping[str, Sequence[Any]], parameters: QuestionAnsweringParameters
     ) -> list[Example]:
         """One row per window of the context."""
-        questions, contexts = self._questions_and_contexts(inputs)
-        room = self._sequence_length(parameters)
-        pairs = list(zip(questions, contexts, strict=True))
-        encodings = self.model.encoder.encode(
-            pairs if self._question_first else [(context, question) for question, context in pairs],
-            limited=False,
-        )
+        pairs = self._pairs(inputs)
+        length = self._window_length(parameters)
+        ordered = pairs if self._question_first else [(context, question) for question, context in pairs]
+        encodings = self.model.encoder.encode(ordered, limited=False)
+        name = "inputs" if "inputs" in inputs else "question"
         return [
-            self._example(encoding, contexts[index], room, parameters.doc_stride, f"question[{index}]")
-            for index, encoding in enumerate(encodings)
+            self._example(encoding, context, length, parameters.doc_stride, f"{name}[{index}]")
+            for index, (encoding, (_, context)) in enumerate(zip(encodings, pairs, strict=True))
         ]
 
     def postprocess(self, answered: Answered, parameters: QuestionAnsweringParameters) -> Any:
@@ -148,85 +153,77 @@ class QuestionAnswering(Task[QuestionAnsweringParameters]):
 
     # -- requests --------------------------------------------------------------------------------
 
-    def _questions_and_contexts(self, inputs: Mapping[str, Sequence[Any]]) -> tuple[list[str], list[str]]:
+    def _pairs(self, inputs: Mapping[str, Sequence[Any]]) -> list[tuple[str, str]]:
+        """Questions with their contexts."""
         if "inputs" in inputs:
             if "question" in inputs or "context" in inputs:
                 raise InvalidRequest("got both inputs and question or context, expected one of them @ inputs")
-            return self._from_items(inputs["inputs"])
+            return self._pairs_of_items(inputs["inputs"])
         for name in ("question", "context"):
             if name not in inputs:
                 raise InvalidRequest(f"no {name}, expected question and context, or inputs @ {name}")
-        questions = self._nonempty(self.texts(inputs["question"], "question"), "question")
-        contexts = self._nonempty(self.texts(inputs["context"], "context"), "context")
-        if len(contexts) == 1:
-            contexts *= len(questions)
-        if len(contexts) != len(questions):
-            raise InvalidRequest(
-                f"got {len(contexts)} contexts for {len(questions)} questions, expected 1 or as many @ context"
-            )
-        return questions, contexts
+            self.check_count(len(inputs[name]), name)
+        questions, contexts = (
+            [self._nonempty(value, f"{name}[{index}]") for index, value in enumerate(inputs[name])]
+            for name in ("question", "context")
+        )
+        if len(contexts) not in (1, len(questions)):
+            got = f"{len(contexts)} contexts for {len(questions)} questions"
+            raise InvalidRequest(f"got {got}, expected one for all or one for each @ context")
+        return list(zip(questions, contexts if len(contexts) > 1 else contexts * len(questions), strict=True))
 
-    def _from_items(self, items: Sequence[Any]) -> tuple[list[str], list[str]]:
+    def _pairs_of_items(self, items: Sequence[Any]) -> list[tuple[str, str]]:
         self.check_count(len(items), "inputs")
         if len(items) == 2 and all(isinstance(item, str) for item in items):
             items = [{"question": items[0], "context": items[1]}]
-        questions, contexts = [], []
+        pairs = []
         for index, item in enumerate(items):
             where = f"inputs[{index}]"
             if not isinstance(item, dict) or set(item) != {"question", "context"}:
-                got = (
-                    f"the keys {sorted(map(str, item))}"
-                    if isinstance(item, dict)
-                    else f"{type(item).__name__} {item!r:.60}"
-                )
-                raise InvalidRequest(f"got {got}, expected a dict of question and context @ {where}")
-            questions.append(self.text(item["question"], f"{where}.question"))
-            contexts.append(self.text(item["context"], f"{where}.context"))
-        return self._nonempty(questions, "inputs", ".question"), self._nonempty(
-            contexts, "inputs", ".context"
-        )
+                keys = f"the keys {sorted(map(str, item))}" if isinstance(item, dict) else f"{item!r:.60}"
+                raise InvalidRequest(f"got {keys}, expected a dict of question and context @ {where}")
+            question = self._nonempty(item["question"], f"{where}.question")
+            pairs.append((question, self._nonempty(item["context"], f"{where}.context")))
+        return pairs
 
-    @staticmethod
-    def _nonempty(texts: list[str], name: str, key: str = "") -> list[str]:
-        if "" in texts:
-            raise InvalidRequest(
-                f"got an empty text, expected at least one character @ {name}[{texts.index('')}]{key}"
-            )
-        return texts
+    def _nonempty(self, value: Any, where: str) -> str:
+        text = self.text(value, where)
+        if not text:
+            raise InvalidRequest(f"got an empty text, expected at least one character @ {where}")
+        return text
 
     # -- windows ---------------------------------------------------------------------------------
 
-    def _sequence_length(self, parameters: QuestionAnsweringParameters) -> int:
-        limit = self.model.encoder.max_tokens
-        length = parameters.max_seq_len or min(limit, DEFAULT_SEQUENCE)
+    def _window_length(self, parameters: QuestionAnsweringParameters) -> int:
+        """Tokens of a window."""
+        limit, overlap = self.model.encoder.max_tokens, parameters.doc_stride
+        length = parameters.max_seq_len or min(limit, DEFAULT_LENGTH)
         if length > limit:
             raise InvalidRequest(f"got {length}, expected 1..{limit} @ max_seq_len")
-        if parameters.doc_stride is not None and parameters.doc_stride >= length:
-            raise InvalidRequest(
-                f"got {parameters.doc_stride}, expected less than the {length} tokens of a window @ doc_stride"
-            )
+        if overlap is not None and overlap >= length:
+            raise InvalidRequest(f"got {overlap}, expected less than max_seq_len, {length} @ doc_stride")
         return length
 
     def _example(
-        self, encoding: Encoding, text: str, length: int, overlap: int | None, where: str
+        self, encoding: Encoding, context: str, length: int, overlap: int | None, where: str
     ) -> Example:
         """The windows of one question and context. All that is not context is in each of them."""
         begin, end = self._context_range(encoding)
-        tokens = end - begin
-        spans = self._spans(tokens, len(encoding.ids), length, overlap, where)
+        row = self.model.encoder.row(encoding)
+        pieces = [(0, end - begin)]
+        if row.cost > length:
+            pieces = self._pieces(end - begin, length, row.cost - (end - begin), overlap, where)
         word_first, word_last = word_bounds(encoding.word_ids[begin:end])
         passage = Passage(
-            text,
+            context,
+            tuple(Window(start, stop, begin) for start, stop in pieces),
             np.array(encoding.offsets[begin:end], dtype=np.int64).reshape(-1, 2),
             word_first,
             word_last,
-            tuple(Window(start, stop, begin) for start, stop in spans),
         )
-        whole = self.model.encoder.row(encoding)
-        if len(spans) == 1:
-            return Example((whole,), passage)
-        rows = tuple(_cut(whole, begin, end, start, stop) for start, stop in spans)
-        return Example(rows, passage)
+        if len(pieces) == 1:
+            return Example((row,), passage)
+        return Example(tuple(cut(row, begin, end, *piece) for piece in pieces), passage)
 
     def _context_range(self, encoding: Encoding) -> tuple[int, int]:
         """Positions of the context's first token and after its last; both 0 where it has none."""
@@ -237,24 +234,24 @@ class QuestionAnswering(Task[QuestionAnsweringParameters]):
         begin = ids.index(context)
         return begin, begin + ids.count(context)
 
-    def _spans(
-        self, tokens: int, total: int, length: int, overlap: int | None, where: str
+    def _pieces(
+        self, tokens: int, length: int, taken: int, overlap: int | None, where: str
     ) -> list[tuple[int, int]]:
-        if total <= length:
-            return [(0, tokens)]
-        room = length - (total - tokens)
+        """Windows of `length` over a context of `tokens`; all else is `taken` from each of them."""
+        room = length - taken
         if room < 1:
             raise InvalidRequest(
-                f"a question that takes {total - tokens} of {length} tokens, expected room for the context: shorten "
-                f"it, or send a larger max_seq_len @ {where}"
+                f"a question that takes {taken} of {length} tokens, expected one that leaves room for the "
+                f"context, or a larger max_seq_len @ {where}"
             )
         if overlap is None:
             overlap = min(length // 2, DEFAULT_OVERLAP)
-            # Version 4 dies where a long question leaves no more room than that.
-            overlap = overlap if overlap < room else room // 2
+            if overlap >= room:  # where version 4 died
+                overlap = room // 2
         if overlap >= room:
             raise InvalidRequest(
-                f"got {overlap}, expected less than the {room} tokens that {where} leaves for the context @ doc_stride"
+                f"got {overlap}, expected less than the {room} tokens that {where} leaves for the context "
+                "@ doc_stride"
             )
         most = self.model.limits.max_items
         if (tokens - room) // (room - overlap) >= most:
@@ -287,7 +284,7 @@ class QuestionAnswering(Task[QuestionAnsweringParameters]):
         tokenizer pads on the left, version 4 lets all tokens take part.
         """
         is_cls = row.arrays["input_ids"] == self._cls_token_id
-        context = slice(window.offset, window.offset + window.end - window.start)
+        context = window.in_row
         if self._question_first:
             mask = is_cls.copy()
             mask[context] = True
@@ -298,12 +295,3 @@ class QuestionAnswering(Task[QuestionAnsweringParameters]):
         cls = int(is_cls.argmax())
         no_answer = float(start[cls] * end[cls]) if is_cls[cls] else 0.0
         return start[context], end[context], no_answer
-
-
-def _cut(row: Row, begin: int, end: int, start: int, stop: int) -> Row:
-    """The row with only tokens `start` to `stop` of its context, which lies at `begin` to `end`."""
-    arrays = {
-        name: np.concatenate([values[:begin], values[begin + start : begin + stop], values[end:]])
-        for name, values in row.arrays.items()
-    }
-    return Row(arrays, row.key)

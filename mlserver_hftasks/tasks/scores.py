@@ -18,7 +18,8 @@ def softmax(logits: FloatArray) -> FloatArray:
 
 def sigmoid(logits: FloatArray) -> FloatArray:
     """Elementwise."""
-    return np.asarray(1.0 / (1.0 + np.exp(-logits)), dtype=np.float32)
+    # Not 1 / (1 + exp(-x)), which overflows below -88 in float32.
+    return np.asarray(np.exp(-np.logaddexp(0.0, -logits)), dtype=np.float32)
 
 
 FUNCTIONS: dict[str | None, Callable[[FloatArray], FloatArray]] = {

@@ -88,11 +88,14 @@ class Signature:
 
 
 def _explain(error: ValidationError, known: Sequence[str]) -> str:
-    first = error.errors(include_url=False, include_context=False)[0]
+    errors = error.errors(include_url=False, include_context=False)
+    first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
     name = str(first["loc"][0]) if first["loc"] else "parameters"
     where = ".".join(str(part) for part in first["loc"] if not _is_type_name(part)) or name
     if first["type"] == "extra_forbidden":
         return f"unknown input or parameter '{name}', {did_you_mean(name, known)} @ {where}"
+    if first["type"] == "missing":
+        return f"no {name}, but it is required @ {where}"
     message = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     return f"got {_shown(first['input'])}, expected: {message[0].lower()}{message[1:]} @ {where}"
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import sliding_window_view
 
-from mlserver_hftasks.engine.rows import FloatArray, IntArray
+from mlserver_hftasks.engine.rows import FloatArray, IntArray, Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,15 @@ def windows(tokens: int, room: int, overlap: int) -> list[tuple[int, int]]:
     step = room - overlap
     last = max(0, -(-(tokens - room) // step))
     return [(index * step, min(index * step + room, tokens)) for index in range(last + 1)]
+
+
+def cut(row: Row, begin: int, end: int, start: int, stop: int) -> Row:
+    """The row with only tokens `start` to `stop` of its context, which lies at `begin` to `end`."""
+    arrays = {
+        name: np.concatenate([values[:begin], values[begin + start : begin + stop], values[end:]])
+        for name, values in row.arrays.items()
+    }
+    return Row(arrays, row.key)
 
 
 def word_bounds(word_ids: Sequence[int | None]) -> tuple[IntArray, IntArray]:

@@ -16,6 +16,9 @@ TruncationChoice = bool | Literal["longest_first", "only_first", "only_second", 
 OneOrMore = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 """A list of texts; a text by itself is a list of one."""
 
+LowerCase = BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value)
+"""A name in any case, as transformers takes names of enumerations."""
+
 TEXTS = InputSpec("inputs", ("args", "array_inputs"), description="texts")
 
 

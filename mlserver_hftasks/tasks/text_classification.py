@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -15,7 +15,7 @@ from mlserver_hftasks.tasks.base import Answered, Example, ModelFacts, Task
 from mlserver_hftasks.tasks.encoder import TextOrPair
 from mlserver_hftasks.tasks.scores import FUNCTIONS, softmax
 from mlserver_hftasks.tasks.signature import InputSpec, OutputSpec, Signature, Tensor
-from mlserver_hftasks.tasks.text import TEXTS, TextParameters, truncation_of
+from mlserver_hftasks.tasks.text import TEXTS, LowerCase, TextParameters, truncation_of
 
 FunctionName = Literal["sigmoid", "softmax", "none", "default"]
 
@@ -24,7 +24,9 @@ class TextClassificationParameters(TextParameters):
     """Parameters of `transformers.TextClassificationPipeline`, and `return_all_scores` of version 4."""
 
     top_k: int | None = Field(1, ge=1, description="how many labels; null gives all")
-    function_to_apply: FunctionName | None = Field(None, description="from logits to scores")
+    function_to_apply: Annotated[FunctionName | None, LowerCase] = Field(
+        None, description="from logits to scores"
+    )
     return_all_scores: bool | None = Field(None, description="all labels in the model's order (deprecated)")
 
 
@@ -64,7 +66,7 @@ class TextClassification(Task[TextClassificationParameters]):
     def postprocess(self, answered: Answered, parameters: TextClassificationParameters) -> Any:
         """One dict, or with an explicit `top_k` a list of dicts."""
         scores = self._scores(answered, parameters)
-        if parameters.return_all_scores:
+        if parameters.return_all_scores and "top_k" not in parameters.model_fields_set:
             return [self._entry(index, scores) for index in range(len(scores))]
         order = self._order(scores, parameters)
         entries = [self._entry(index, scores) for index in order]

@@ -1,0 +1,13 @@
+"""The benchmark: `python -m benchmarks [--quick] [--only NAME] [--write FILE]`.
+
+The pieces know nothing of what is measured with them:
+
+    texts, shapes       what is served: mixed-length texts, models of known shapes with random weights
+    server, echo        a real `mlserver start`; MLServer's own ceiling
+    http, load, v2      a lean HTTP client, closed and open loops over it, V2 requests for it
+    inprocess           the same model without a server
+    rounds              systems take turns; medians and spread
+    machine, report     where it ran; JSON lines, tables, Markdown
+
+`foundation` holds the experiments, one file each; `session` is what they share.
+"""

@@ -1,0 +1,104 @@
+"""Whether a way to lay out a batch gives each row the answer that it gets alone.
+
+Two questions are asked of a layout, on a batch of rows that are hard on it:
+
+- Does each row get what the model says of that row by itself, with no padding and no neighbours? Wrong
+  positions, a wrong attention window, a lost mask or a head that pools over the wrong tokens show here.
+- Does a row's answer stay the same when its neighbours' tokens change and nothing else? All shapes are
+  equal then, so it must not move by more than noise, in any dtype. Leaks between rows show here, even
+  those too small for the first question in bfloat16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from transformers import PretrainedConfig
+
+from mlserver_hftasks.engine.rows import IntArray, Outputs, Row
+
+LENGTHS = (1, 40, 12, 90, 7)
+"""Tokens of the rows, where there are no real ones to be had."""
+MAX_WINDOW_TOKENS = 1024
+"""Longest row that is made to see beyond the window of local attention."""
+
+
+def random_rows(vocabulary: int, config: PretrainedConfig) -> list[Row]:
+    """Rows of random tokens."""
+    generator = np.random.default_rng(0)
+    return [
+        Row({"input_ids": generator.integers(0, vocabulary, min(n, _most_tokens(config)))}) for n in LENGTHS
+    ]
+
+
+def hard_rows(rows: Sequence[Row], config: PretrainedConfig, pad_token_id: int) -> list[Row]:
+    """The rows, made hard to batch.
+
+    Each has the padding token inside (a client may write it), a second half of the second token type
+    where the model knows one, and the longest reaches beyond the window of local attention.
+    """
+    window = _window(config)
+    longest = max(range(len(rows)), key=lambda index: rows[index].cost)
+    made = list(rows)
+    if window is not None and window + 9 <= min(_most_tokens(config), MAX_WINDOW_TOKENS):
+        made[longest] = _stretched(rows[longest], window + 9)
+    typed = (getattr(config, "type_vocab_size", None) or 0) >= 2
+    return [_hardened(row, pad_token_id, typed) for row in made]
+
+
+def with_other_neighbours(rows: Sequence[Row]) -> list[Row]:
+    """Every second row as it is; the tokens of those between in reverse, the first and last kept."""
+    return [row if index % 2 == 0 else _reversed(row) for index, row in enumerate(rows)]
+
+
+def objection(got: Sequence[Outputs], wanted: Sequence[Outputs], tolerance: float) -> str | None:
+    """What differs by more than `tolerance` of its largest value, or None if nothing does."""
+    for of_got, of_wanted in zip(got, wanted, strict=True):
+        for name, array in of_wanted.items():
+            scale = max(float(np.abs(array).max()), 1e-6)
+            worst = float(np.abs(of_got[name] - array).max()) / scale
+            if not worst <= tolerance:  # NaN is an objection too
+                return f"{name} differs by {worst:.1e} of its largest value"
+    return None
+
+
+def _hardened(row: Row, pad_token_id: int, typed: bool) -> Row:
+    arrays = {name: values.copy() for name, values in row.arrays.items()}
+    middle = row.cost // 2
+    if row.cost >= 5:
+        arrays["input_ids"][middle] = pad_token_id
+    if typed and "token_type_ids" in arrays:
+        arrays["token_type_ids"][middle:] = 1
+    return replace(row, arrays=arrays)
+
+
+def _stretched(row: Row, tokens: int) -> Row:
+    """The row with its inside repeated up to that many tokens."""
+    if not 3 <= row.cost < tokens:
+        return row
+    return replace(row, arrays={name: _repeat_inside(ids, tokens) for name, ids in row.arrays.items()})
+
+
+def _repeat_inside(ids: IntArray, tokens: int) -> IntArray:
+    return np.concatenate((ids[:1], np.resize(ids[1:-1], tokens - 2), ids[-1:]))
+
+
+def _reversed(row: Row) -> Row:
+    ids = row.arrays["input_ids"].copy()
+    ids[1:-1] = ids[1:-1][::-1]
+    return replace(row, arrays={**row.arrays, "input_ids": ids})
+
+
+def _window(config: PretrainedConfig) -> int | None:
+    """Tokens that local attention sees, or more; None without local attention."""
+    sizes = [getattr(config, name, None) for name in ("sliding_window", "local_attention")]
+    known = [size for size in sizes if isinstance(size, int) and size > 0]
+    return max(known, default=None)
+
+
+def _most_tokens(config: PretrainedConfig) -> int:
+    positions = getattr(config, "max_position_embeddings", None)
+    # Two less, since some count positions from padding_idx + 1.
+    return positions - 2 if positions and positions > 2 else 512
