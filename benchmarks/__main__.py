@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -30,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     plan: Plan = SMOKE if options.smoke else QUICK if options.quick else FULL
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 140)
     described, others, began = machine.describe(), machine.Others(), time.monotonic()
     journal = Journal(RESULTS / f"{described['date'].replace(':', '')}.jsonl", described)
     findings = Findings()

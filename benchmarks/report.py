@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import orjson
 from rich.console import Console
 from rich.table import Table as RichTable
 
@@ -85,13 +85,13 @@ class Journal:
         """Append one result."""
         line = {"workload": workload, "system": system, **values, **self._machine}
         with self.path.open("a") as file:
-            file.write(json.dumps(line, default=float) + "\n")
+            file.write(orjson.dumps(line).decode() + "\n")
 
 
 def number(value: float | None) -> str:
     """Three digits that count."""
     if value is None or math.isnan(value):
-        return "not measured"
+        return "-"
     if value == 0 or 1e-3 <= abs(value) < 1e6:
         return f"{value:.0f}" if abs(value) >= 100 or value == 0 else f"{value:.3g}"
     return f"{value:.1e}"

@@ -25,6 +25,18 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
 @dataclass(frozen=True, slots=True)
+class Cpu:
+    """CPU time in seconds: of the main thread, where the event loop runs, and of all others."""
+
+    loop_s: float
+    others_s: float
+
+    def since(self, before: Cpu) -> Cpu:
+        """What was used after `before`."""
+        return Cpu(self.loop_s - before.loop_s, self.others_s - before.others_s)
+
+
+@dataclass(frozen=True, slots=True)
 class Model:
     """A model of the repository: `extra` goes to `parameters.extra`, `settings` beside it."""
 
@@ -131,10 +143,14 @@ class Server:
         found = re.search(r"^VmRSS:\s+(\d+) kB", status, re.MULTILINE)
         return int(found[1]) / 1024 if found else float("nan")
 
-    def cpu_s(self) -> float:
-        """CPU time that the server has used (Linux)."""
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    def cpu(self) -> Cpu:
+        """CPU time that the server has used until now (Linux)."""
+        spent = {
+            int(path.parent.name): int(path.read_text().split()[0]) / 1e9
+            for path in Path(f"/proc/{self.pid}/task").glob("*/schedstat")
+        }
+        loop = spent.get(self.pid, float("nan"))
+        return Cpu(loop, sum(spent.values()) - loop)
 
     def metrics(self, model: str) -> dict[str, float]:
         """The sums and counts of one model's metrics by name: `hftasks_forward_seconds_sum`."""

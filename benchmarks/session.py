@@ -21,6 +21,8 @@ class Plan:
     """Per run."""
     single_texts: int
     """Per run of one client."""
+    few_rounds: int
+    """Of what takes long, or has many samples in each round."""
     overload_s: float
     """Seconds of overload, per round."""
     bulks: int
@@ -28,9 +30,9 @@ class Plan:
     shapes: tuple[Shape, ...]
 
 
-FULL = Plan("full", 5, 512, 192, 8.0, 2, (shapes.MINILM, shapes.DISTILBERT))
-QUICK = Plan("quick", 3, 192, 64, 5.0, 1, (shapes.MINILM,))
-SMOKE = Plan("smoke", 1, 48, 16, 1.5, 1, (shapes.MINILM,))
+FULL = Plan("full", 5, 512, 192, 3, 8.0, 2, (shapes.MINILM, shapes.DISTILBERT))
+QUICK = Plan("quick", 3, 192, 64, 2, 5.0, 1, (shapes.MINILM,))
+SMOKE = Plan("smoke", 1, 48, 16, 1, 1.5, 1, (shapes.MINILM,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,14 @@ class Session:
     def model(self, shape: Shape) -> Path:
         """The folder of that shape's model, made at first use."""
         return shapes.save(shape, self.models)
+
+    def rounds(self, shape: Shape) -> int:
+        """The main shape gets all of them."""
+        return self.plan.rounds if shape is shapes.MINILM else self.plan.few_rounds
+
+    def texts_for(self, shape: Shape) -> list[str]:
+        """A large model gets fewer: each takes longer."""
+        return self.texts(self.plan.texts if shape is shapes.MINILM else self.plan.texts // 3)
 
     def texts(self, count: int | None = None) -> list[str]:
         """The benchmark's texts."""

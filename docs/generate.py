@@ -20,20 +20,21 @@ NOTE = "<!-- made by `make docs` from the code; edit that -->\n\n"
 
 SETTINGS_INTRODUCTION = """# Settings
 
-Keys of `parameters.extra` in `model-settings.json`. Unknown keys are refused. Strings are coerced (`"0"`, `"true"`,
-JSON), since Seldon Core v2 hands all values over as strings. `PREDICTIVE_UNIT_PARAMETERS` (Seldon Core v1) wins over
-`extra`, which wins over the environment (`MLSERVER_MODEL_HUGGINGFACE_TASK` and so on).
+Keys of `parameters.extra` in `model-settings.json`. Unknown keys are refused. Strings are coerced (`"0"`,
+`"true"`, JSON), since Seldon Core v2 hands all values over as strings. `PREDICTIVE_UNIT_PARAMETERS` (Seldon
+Core v1) wins over `extra`, which wins over the environment (`MLSERVER_MODEL_HUGGINGFACE_TASK` and so on).
 
-MLServer's own `max_batch_size` is read as `batch_size` and then set to 0, so that its batcher stays away: it waits on
-an idle server and gives one client's parameters to another. `max_batch_time` bounds a wait that does not exist here.
+MLServer's own `max_batch_size` is read as `batch_size` and then set to 0, so that its batcher stays away: it
+waits on an idle server and gives one client's parameters to another. `max_batch_time` bounds a wait that does
+not exist here.
 
 """
 TASKS_INTRODUCTION = """# Tasks
 
-Every tensor name below can be sent as an input of a V2 request; parameters also as V2 request `parameters`. `args`
-with one element is one item by itself, as if the pipeline were called with it; all other names take lists. Without
-`outputs` in the request the answer is one BYTES output, `output`, with one JSON text per result; with `outputs` it is
-the tensors that the request names, and only those.
+Every tensor name below can be sent as an input of a V2 request; parameters also as V2 request `parameters`.
+`args` with one element is one item by itself, as if the pipeline were called with it; all other names take
+lists. Without `outputs` in the request the answer is one BYTES output, `output`, with one JSON text per
+result; with `outputs` it is the tensors that the request names, and only those.
 """
 
 

@@ -148,8 +148,8 @@ class _Source:
     def _read(self, read: Callable[..., Any], name: str, key: str, **options: Any) -> Any:
         try:
             return read(name, **options)
-        except (OSError, ValueError, ImportError, KeyError) as error:
-            reason = " ".join(str(error).split())
+        except Exception as error:  # what several libraries make of files that they did not expect
+            reason = " ".join(str(error).split()) or type(error).__name__
             if "safetensors" in reason:
                 reason += ' (pickled weights load only with "model_kwargs": {"use_safetensors": false})'
             raise InvalidSettings(

@@ -50,7 +50,7 @@ def measure(session: Session) -> Findings:
             "idle": partial(_idle, session, server),
             "bulk": partial(_beside_bulk, session, server),
         }
-        runs = take_turns(session.plan.rounds, systems, session.tell)
+        runs = take_turns(session.plan.few_rounds, systems, session.tell)
     for system, each in runs.items():
         for index, run in enumerate(each):
             values = {name: getattr(run, name) for name in Run.__slots__}

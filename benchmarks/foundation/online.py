@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,8 +33,11 @@ class Run:
     p95_ms: float
     padding_share: float = 0.0
     batch_rows: float = 1.0
-    server_cpu_us: float = 0.0
-    client_cpu_us: float = 0.0
+    loop_us: float = math.nan
+    """CPU time of the server's event loop per request."""
+    model_us: float = math.nan
+    """CPU time of the device thread per text."""
+    client_us: float = math.nan
     faults: int = 0
     score_difference: float = 0.0
     """From the in-process answers; infinite if a label differs."""
@@ -50,13 +54,13 @@ def measure(session: Session) -> Findings:
 
 
 def _measure(session: Session, shape: Shape, server: Server, clients: Sequence[int]) -> Findings:
-    plan, texts = session.plan, session.texts()
+    texts = session.texts_for(shape)
     alone = InProcess(session.model(shape))
     batches = alone.engine_batches(alone.rows(texts))
     by_row = {id(row): index for index, row in enumerate(row for batch in batches for row in batch)}
     assert len(by_row) == len(texts)
     expected = alone.answers(texts, alone.forward(_singly(alone, texts))[1])
-    singles = min(plan.single_texts, len(texts) - 1)
+    singles = min(session.plan.single_texts, len(texts) - 1)
     systems: dict[str, Callable[[], Run]] = {
         "in process, packed": partial(_packed, alone, batches),
         "in process, one by one": partial(_direct, alone, texts[1 : singles + 1]),
@@ -65,7 +69,7 @@ def _measure(session: Session, shape: Shape, server: Server, clients: Sequence[i
         counted = singles if count == 1 else len(texts)
         systems[_name(count)] = partial(_serve, server, texts, expected, count, counted)
     load.run(load.closed_loop(v2.Texts(server.host, server.port, MODEL, texts), 8, 64, limit_s=LIMIT_S))
-    runs = take_turns(plan.rounds, systems, session.tell)
+    runs = take_turns(session.rounds(shape), systems, session.tell)
     _record(session, shape, alone.dtype, runs)
     return Findings(_figures(shape, runs), [_table(shape, runs)])
 
@@ -83,25 +87,29 @@ def _name(clients: int) -> str:
 
 def _packed(alone: InProcess, batches: Sequence[Sequence[Any]]) -> Run:
     rows = sum(map(len, batches))
+    cpu = time.process_time()
     seconds, _ = alone.forward(batches)
-    each = 1e3 * seconds / len(batches)
-    return Run(rows / seconds, each, each, batch_rows=rows / len(batches))
+    cpu = time.process_time() - cpu
+    return Run(rows / seconds, math.nan, math.nan, batch_rows=rows / len(batches), model_us=1e6 * cpu / rows)
 
 
 def _direct(alone: InProcess, texts: Sequence[str]) -> Run:
-    clock = [time.perf_counter()]
+    cpu, clock = time.process_time(), [time.perf_counter()]
     for text in texts:
         alone.answer(text)
         clock.append(time.perf_counter())
     took = [1e3 * (after - before) for before, after in itertools.pairwise(clock)]
-    return Run(1e3 * len(took) / sum(took), load.percentile(took, 50), load.percentile(took, 95))
+    cpu_us = 1e6 * (time.process_time() - cpu) / len(took)
+    return Run(
+        1e3 * len(took) / sum(took), load.percentile(took, 50), load.percentile(took, 95), model_us=cpu_us
+    )
 
 
 def _serve(server: Server, texts: Sequence[str], expected: Sequence[Any], clients: int, counted: int) -> Run:
     target = v2.Texts(server.host, server.port, MODEL, texts)
-    before, cpu = server.metrics(MODEL), server.cpu_s()
+    before, cpu = server.metrics(MODEL), server.cpu()
     seen = load.run(load.closed_loop(target, clients, counted, limit_s=LIMIT_S))
-    cpu, after = server.cpu_s() - cpu, server.metrics(MODEL)
+    cpu, after = server.cpu().since(cpu), server.metrics(MODEL)
     took = seen.latencies_ms()
     return Run(
         seen.per_second,
@@ -109,7 +117,8 @@ def _serve(server: Server, texts: Sequence[str], expected: Sequence[Any], client
         load.percentile(took, 95),
         mean(before, after, "hftasks_padding_share"),
         mean(before, after, "hftasks_batch_rows"),
-        1e6 * cpu / seen.sent,
+        1e6 * cpu.loop_s / seen.sent,
+        1e6 * cpu.others_s / seen.sent,
         seen.client_us,
         seen.faults + sum(answer.status != 200 for answer in seen.answers),
         max((_difference(answer, expected) for answer in seen.answers), default=float("nan")),
@@ -172,19 +181,21 @@ def _figures(shape: Shape, runs: dict[str, list[Run]]) -> list[Figure]:
     ]
 
 
+COLUMNS = {
+    "texts_per_s": "texts/s",
+    "p50_ms": "p50 ms",
+    "p95_ms": "p95 ms",
+    "batch_rows": "rows/batch",
+    "padding_share": "padding",
+    "model_us": "model CPU us",
+    "loop_us": "loop CPU us",
+    "client_us": "client CPU us",
+}
+
+
 def _table(shape: Shape, runs: dict[str, list[Run]]) -> Table:
-    names = (
-        "texts_per_s",
-        "p50_ms",
-        "p95_ms",
-        "batch_rows",
-        "padding_share",
-        "server_cpu_us",
-        "client_cpu_us",
-    )
-    columns = ("", "texts/s", "p50 ms", "p95 ms", "rows/batch", "padding", "server CPU us", "client CPU us")
     rows = [
-        [system, *(number(Spread.of([getattr(run, name) for run in each]).median) for name in names)]
+        [system, *(number(Spread.of([getattr(run, name) for run in each]).median) for name in COLUMNS)]
         for system, each in runs.items()
     ]
-    return Table(f"Online, one text per request ({shape.name})", columns, rows)
+    return Table(f"Online, one text per request ({shape.name})", ("", *COLUMNS.values()), rows)

@@ -56,7 +56,9 @@ def measure(session: Session) -> Findings:
     with running(*models) as server:
         for name in (PLAIN, BOUNDED):
             load.run(load.closed_loop(_target(session, server, name), 8, 64, limit_s=LIMIT_S))
-        rounds = take_turns(session.plan.rounds, {BOUNDED: partial(_overload, session, server)}, session.tell)
+        rounds = take_turns(
+            session.plan.few_rounds, {BOUNDED: partial(_overload, session, server)}, session.tell
+        )
     for index, run in enumerate(rounds[BOUNDED]):
         values = {name: getattr(run, name) for name in Run.__slots__}
         session.journal.record(

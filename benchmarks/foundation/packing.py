@@ -30,10 +30,10 @@ def measure(session: Session) -> Findings:
 def _measure(session: Session, shape: Shape) -> Findings:
     folder = session.model(shape)
     packed, padded = InProcess(folder), InProcess(folder, packing="off")
-    rows = packed.rows(session.texts(min(session.plan.texts, 128)))
+    rows = packed.rows(session.texts_for(shape)[:128])
     batches = in_arrival_order(rows, BATCH)
     results = take_turns(
-        session.plan.rounds,
+        session.rounds(shape),
         {"packed": partial(packed.forward, batches), "padded": partial(padded.forward, batches)},
         session.tell,
     )
@@ -65,7 +65,7 @@ def _measure(session: Session, shape: Shape) -> Findings:
         at_most=TOLERANCE if required else None,
         detail="logits with deviation 1",
     )
-    return Findings([speed, equal], [_by_size(session, packed, rows, shape)])
+    return Findings([speed, equal], [_by_size(session, packed, rows, shape)] if required else [])
 
 
 def _by_size(session: Session, packed: InProcess, rows: list[Row], shape: Shape) -> Table:
@@ -75,7 +75,7 @@ def _by_size(session: Session, packed: InProcess, rows: list[Row], shape: Shape)
     chosen = packed.engine_batches(some)
     batches[f"engine: {len(some) / len(chosen):.0f}"] = list(chosen)
     runs = take_turns(
-        min(session.plan.rounds, 3),
+        session.plan.few_rounds,
         {name: partial(packed.forward, each) for name, each in batches.items()},
         session.tell,
     )

@@ -169,7 +169,8 @@ def _decode_number(tensor: RequestInput, elements: list[Any]) -> Decoded:
     for index, element in enumerate(elements):
         if not isinstance(element, int | float):
             raise InvalidRequest(
-                f"got {element!r:.60}, expected a value of the datatype {_datatype(tensor)} @ {tensor.name}[{index}]"
+                f"got {element!r:.60}, expected a value of the datatype {_datatype(tensor)} "
+                f"@ {tensor.name}[{index}]"
             )
     return Decoded(elements, True)
 

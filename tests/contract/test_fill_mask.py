@@ -71,8 +71,13 @@ def test_results_equal_the_pipeline(served: Served, pipeline: Callable[..., Any]
 
 
 def test_several_masks(served: Served, pipeline: Callable[..., Any]) -> None:
-    mask = mask_of(served)
-    texts = [f"The {mask} of {mask} is old.", f"{mask}{mask} {mask}", f"One {mask} only."]
+    mask, pad = mask_of(served), served.task.model.encoder.tokenizer.pad_token
+    texts = [
+        f"The {mask} of {mask} is old.",
+        f"{mask}{mask} {mask}",
+        f"{pad} {mask} {mask}",
+        f"One {mask} only.",
+    ]
     want = pipeline(texts, top_k=3)
     assert [len(predictions) for predictions in want[:2]] == [2, 3]
     assert_same(results(served, {"inputs": texts}, top_k=3), want)

@@ -128,6 +128,14 @@ def test_name_of_version_4(bert: Served) -> None:
     assert wins == results(bert, {"inputs": TEXTS}, candidate_labels=TOPICS)
 
 
+def test_of_equal_scores_the_later_label_comes_first(bert: Served) -> None:
+    parameters = bert.task.signature.parse({"candidate_labels": ["a", "b", "c"]})
+    outputs = [{"logits": np.array([0, 0, high], dtype=np.float32)} for high in (1, 2, 1)]
+    (example,) = bert.task.examples({"inputs": ["text"]}, parameters)
+    result = bert.task.postprocess(Answered(example, outputs), parameters)
+    assert result["labels"] == ["b", "c", "a"]
+
+
 def test_shapes(served: Served, pipeline: Callable[..., Any]) -> None:
     text = TEXTS[0]
     assert_same(

@@ -20,6 +20,8 @@ LABELS_OF_VERSION = {"1": ("red", "green", "blue"), "2": ("cat", "dog")}
 LIMITS = {"max_items": 4, "max_text_chars": 300, "max_body_bytes": 20_000}
 SLOW = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024}
 """A model whose rows take a hundred times as long as a tiny model's."""
+MEDIUM = {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 256}
+"""A model that takes milliseconds: of many clients at once, some must share a batch."""
 CROWDED_ROWS = 100
 """`max_queue_rows` of the model `crowded`."""
 LONG = "the river museum was quiet when the harbour opened " * 5
@@ -111,18 +113,19 @@ def all_models(sentiment: Path, slow: Path) -> dict[str, Model]:
     task = {"task": "text-classification"}
     return {
         **few_models(sentiment),
-        "three": Model(tiny.folder("distilbert", "sequence", ("one", "two", "three")), task),
+        "three": Model(tiny.folder("bert", "sequence", ("one", "two", "three"), **MEDIUM), task),
         "windowed": Model(sentiment, task, top={"max_batch_size": 32, "max_batch_time": 1.0}),
+        "padded": Model(sentiment, {**task, "packing": "off"}),
         "slow": Model(slow, task),
         "crowded": Model(slow, {**task, "max_queue_rows": CROWDED_ROWS}),
         "hurried": Model(slow, {**task, "timeout_ms": 100, "warmup": False}),
         "zero-shot": Model(
-            tiny.folder("bert", "sequence", ("contradiction", "neutral", "entailment")),
+            tiny.folder("bert", "sequence", ("contradiction", "neutral", "entailment"), **MEDIUM),
             {"task": "zero-shot-classification"},
         ),
-        "mask": Model(tiny.folder("bert", "mask"), {"task": "fill-mask"}),
-        "tokens": Model(tiny.folder("bert", "token"), {"task": "token-classification"}),
-        "answers": Model(tiny.folder("bert", "qa"), {"task": "question-answering"}),
+        "mask": Model(tiny.folder("bert", "mask", **MEDIUM), {"task": "fill-mask"}),
+        "tokens": Model(tiny.folder("bert", "token", **MEDIUM), {"task": "token-classification"}),
+        "answers": Model(tiny.folder("bert", "qa", **MEDIUM), {"task": "question-answering"}),
         "features": Model(tiny.folder("bert", "base"), {"task": "feature-extraction"}),
         "embeddings": Model(tiny.folder("bert", "base"), {"task": "sentence-embedding"}),
         "ranking": Model(tiny.folder("bert", "sequence", ("relevance",)), {"task": "text-ranking"}),

@@ -241,10 +241,9 @@ class Metrics:
     """One scrape of `/metrics`."""
 
     def __init__(self, text: str) -> None:
-        self._samples = [
-            sample for family in text_string_to_metric_families(text) for sample in family.samples
-        ]
-        self.names = {family.name for family in text_string_to_metric_families(text)}
+        families = list(text_string_to_metric_families(text))
+        self._samples = [sample for family in families for sample in family.samples]
+        self.kinds = {family.name: family.type for family in families}
 
     def value(self, name: str, model: str, **labels: str) -> float:
         """The sum of the samples of that name and model that have the labels; 0 if there are none."""

@@ -1,0 +1,151 @@
+"""The metrics that `mlserver_hftasks.metrics` documents: all there, all moving as they should."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import pytest
+
+from mlserver_hftasks import metrics as documented
+from tests.server.conftest import CROWDED_ROWS, LONG
+from tests.server.grpc_client import GrpcClient
+from tests.server.process import Metrics, Server, at_once, eventually, tensor, texts
+
+TABLE = re.findall(r"^\| `(\w+)` \| (\w+) \|", documented.__doc__ or "", re.MULTILINE)
+"""Names and kinds as the module's docstring lists them."""
+HISTOGRAMS = [name for name, kind in TABLE if kind == "histogram"]
+
+
+def difference(after: Metrics, before: Metrics, model: str) -> Callable[..., float]:
+    return lambda name, **labels: after.value(name, model, **labels) - before.value(name, model, **labels)
+
+
+@pytest.fixture(params=[0, 2], ids=["no workers", "2 workers"])
+def any_server(request: pytest.FixtureRequest, servers: Callable[[int], Server]) -> Server:
+    return servers(request.param)
+
+
+def test_the_table_is_read() -> None:
+    assert len(TABLE) >= 8
+    assert {kind for _, kind in TABLE} == {"gauge", "histogram", "counter"}
+
+
+def test_all_documented_metrics_are_served(any_server: Server) -> None:
+    any_server.results("sentiment", texts("a"))
+    any_server.infer("sentiment", texts("a"), top_k=0)
+    families = any_server.metrics().kinds
+    for name, kind in TABLE:
+        assert families.get(name.removesuffix("_total")) == kind, name
+    ours = {name for name in families if name.startswith("hftasks_") and not name.endswith("_created")}
+    assert ours == {name.removesuffix("_total") for name, _ in TABLE}, "nothing is served that is not documented"
+
+
+def test_batches_are_measured(any_server: Server) -> None:
+    inputs = texts("I loved this film", "This is terrible!", "Two ferries left for Morrow at 6:45.")
+    before = any_server.metrics()
+    for _ in range(4):
+        any_server.results("sentiment", inputs)
+    assert eventually(lambda: difference(any_server.metrics(), before, "sentiment")("hftasks_batch_rows_sum") == 12)
+    moved = difference(any_server.metrics(), before, "sentiment")
+    batches = moved("hftasks_batch_rows_count")
+    assert 4 <= batches < 12, "the texts of a request run together, though BERT's pad token is 0"
+    for name in ("batch_tokens", "padding_share", "forward_seconds"):
+        assert moved(f"hftasks_{name}_count") == batches, name
+    assert moved("hftasks_queue_wait_seconds_count") == 12
+    assert moved("hftasks_batch_tokens_sum") > 12 * 3
+    assert moved("hftasks_padding_share_sum") == 0, "this model is packed"
+    assert moved("hftasks_forward_seconds_sum") > 0
+    assert moved("hftasks_queue_wait_seconds_sum") >= 0
+    assert any_server.metrics().value("hftasks_queue_rows", "sentiment") == 0
+
+
+def test_histograms_are_cumulative(any_server: Server) -> None:
+    any_server.results("sentiment", texts("a"))
+    scraped = any_server.metrics()
+    for name in HISTOGRAMS:
+        count = scraped.value(f"{name}_count", "sentiment")
+        assert count > 0
+        assert scraped.value(f"{name}_bucket", "sentiment", le="+Inf") == count
+
+
+def test_errors_count_by_kind(any_server: Server) -> None:
+    before = any_server.metrics()
+    for _ in range(3):
+        assert any_server.infer("limited", texts("a"), top_k=0).status_code == 400
+    assert any_server.infer("limited", texts("a" * 301)).status_code == 413
+    assert any_server.infer("limited", texts("a"), timeout_ms=1e-6).status_code == 504
+    moved = difference(any_server.metrics(), before, "limited")
+    assert moved("hftasks_errors_total", kind="InvalidRequest") == 3
+    assert moved("hftasks_errors_total", kind="RequestTooLarge") == 1
+    assert moved("hftasks_errors_total", kind="DeadlineExceeded") == 1
+    assert moved("hftasks_errors_total") == 5
+    assert moved("hftasks_refused_total") == 0
+
+
+def test_models_and_versions_are_told_apart(any_server: Server) -> None:
+    before = any_server.metrics()
+    any_server.results("versioned", texts("a"), version="1")
+    any_server.results("versioned", texts("a", "b"), version="2")
+    moved = difference(any_server.metrics(), before, "versioned")
+    assert moved("hftasks_batch_rows_sum", model_version="1") == 1
+    assert moved("hftasks_batch_rows_sum", model_version="2") == 2
+    assert difference(any_server.metrics(), before, "sentiment")("hftasks_batch_rows_sum") == 0
+
+
+def test_padding_is_measured_where_there_is_some(server: Server) -> None:
+    before = server.metrics()
+    server.results("padded", texts("a", LONG))
+    moved = difference(server.metrics(), before, "padded")
+    batches = moved("hftasks_padding_share_count")
+    if batches == 1:  # the two texts may as well have run apart
+        assert 0.3 < moved("hftasks_padding_share_sum") < 0.5
+
+
+def test_padded_rows_of_like_length_have_little_padding(server: Server) -> None:
+    before = server.metrics()
+    server.results("padded", texts(*["two words"] * 8, *[LONG] * 8))
+    moved = difference(server.metrics(), before, "padded")
+    assert moved("hftasks_padding_share_sum") / moved("hftasks_padding_share_count") < 0.3
+
+
+def test_queue_depth_and_refusals(
+    server: Server, grpc_client: GrpcClient, fill_queue: Callable[[str], Any]
+) -> None:
+    before = server.metrics()
+    filled = fill_queue("crowded")  # comes back when the gauge shows the rows that wait
+    inputs = texts(*["a"] * CROWDED_ROWS)
+    statuses = at_once([lambda: server.infer("crowded", inputs).status_code] * 4)
+    with pytest.raises(grpc.RpcError):
+        grpc_client.infer("crowded", inputs)
+    assert filled.is_alive()
+    assert statuses == [429] * 4
+    filled.join()
+    moved = difference(server.metrics(), before, "crowded")
+    assert moved("hftasks_refused_total") == 5
+    assert moved("hftasks_errors_total", kind="Overloaded") == 5
+    assert moved("hftasks_batch_rows_sum") == CROWDED_ROWS, "refused rows never run"
+    assert eventually(lambda: server.metrics().value("hftasks_queue_rows", "crowded") == 0)
+    assert moved("hftasks_queue_wait_seconds_sum") > moved("hftasks_forward_seconds_sum"), "rows waited for others"
+
+
+def test_refusals_by_a_worker(servers: Callable[[int], Server]) -> None:
+    server = servers(2)
+    before = server.metrics()
+    response = server.infer("narrow", texts("a", "b", "c", "d"))
+    assert response.status_code == 429
+    assert int(response.headers["Retry-After"]) >= 1
+    assert difference(server.metrics(), before, "narrow")("hftasks_refused_total") == 1
+
+
+def test_forward_time_is_that_of_the_model(server: Server) -> None:
+    before = server.metrics()
+    server.results("slow", [tensor("inputs", [LONG] * 30)])
+    server.results("sentiment", [tensor("inputs", [LONG] * 30)])
+    after = server.metrics()
+    slow, quick = (
+        difference(after, before, model)("hftasks_forward_seconds_sum") for model in ("slow", "sentiment")
+    )
+    assert slow > 3 * quick
