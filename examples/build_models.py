@@ -31,7 +31,7 @@ SETTINGS = "model-settings.json"
 
 LABELS = ("NEGATIVE", "POSITIVE")
 SEED = 0
-EPOCHS = 5
+EPOCHS = 4
 BATCH = 32
 LEARNING_RATE = 3e-4
 FROZEN_LAYERS = 2
@@ -118,7 +118,7 @@ def new_classifier(encoder: Path) -> Any:
         id2label=dict(enumerate(LABELS)),
         label2id={label: index for index, label in enumerate(LABELS)},
     )
-    # A thousand sentences cannot improve the word vectors, which are half of the weights and of the time.
+    # So few sentences cannot improve the word vectors, which are half of the weights and of the time.
     for layer in (model.bert.embeddings, *model.bert.encoder.layer[:FROZEN_LAYERS]):
         layer.requires_grad_(False)
     return model

@@ -30,7 +30,8 @@ and hold up everybody, before it is done even on a device that it has almost for
 MAX_MISFITS = 8
 """How many jobs whose next row does not fit are passed over before a packed batch is closed."""
 POOL_FACTOR = 4
-"""A padded batch is chosen among this many times its rows."""
+"""A padded batch is chosen among the most urgent rows of this many times its tokens."""
+MAX_POOL_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,12 +191,15 @@ class Scheduler:
     def _pool(self, queue: _Queue) -> tuple[list[_Entry], list[Ticket]]:
         touched: list[_Entry] = []
         pool: list[Ticket] = []
-        size = min(POOL_FACTOR * self.limits.max_batch_rows, 256)
-        while queue and len(pool) < size:
-            entry = heapq.heappop(queue)
-            if job_pending := entry[2].pending:
-                touched.append(entry)
-                pool.extend(Ticket(entry[2], index) for index in job_pending[len(pool) - size :])
+        tokens = POOL_FACTOR * self.budget_tokens
+        while queue and tokens > 0 and len(pool) < MAX_POOL_ROWS:
+            touched.append(heapq.heappop(queue))
+            job = touched[-1][2]
+            for index in itertools.islice(reversed(job.pending), MAX_POOL_ROWS - len(pool)):
+                pool.append(Ticket(job, index))
+                tokens -= job.rows[index].cost
+                if tokens <= 0:
+                    break
         return touched, pool
 
     def _best_window(self, costs: list[int], seed: int) -> tuple[int, int]:

@@ -4,13 +4,31 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlserver.types import MetadataTensor
+from mlserver.types import MetadataModelResponse, MetadataTensor
 from mlserver.types import Parameters as V2Parameters
 
 from mlserver_hftasks.codecs.response import RESULT_NAME
+from mlserver_hftasks.loading import Served
 from mlserver_hftasks.tasks.signature import Signature
 
 _DATATYPES = (("integer", "INT64"), ("number", "FP32"), ("boolean", "BOOL"))
+
+
+def described(response: MetadataModelResponse, served: Served) -> MetadataModelResponse:
+    """MLServer's own answer, with what is served and how."""
+    how = served.backend.description
+    response.platform = response.platform or "transformers"
+    response.inputs = input_tensors(served.task.signature)
+    response.outputs = output_tensors(served.task.signature)
+    response.parameters = V2Parameters(
+        task=served.task.name,
+        backend=how.backend,
+        device=how.device,
+        dtype=how.dtype,
+        packing=how.packing,
+        max_length=served.task.model.encoder.max_tokens,
+    )
+    return response
 
 
 def input_tensors(signature: Signature) -> list[MetadataTensor]:

@@ -9,6 +9,7 @@
 - a gRPC message that is no V2 request is an INVALID_ARGUMENT (MLServer says INTERNAL), and so is a
   parameter of a kind that MLServer drops in silence;
 - a stream that fails before its first answer has the error's own status (MLServer says 500);
+- an error that crosses from a worker keeps its message (MLServer puts the class before it);
 - what a client did wrong is not logged with a traceback.
 
 The changes touch requests to models of this package only, save the first, which adds codes.
@@ -28,11 +29,13 @@ from typing import Any
 
 import grpc
 import mlserver.grpc.utils
+import mlserver.parallel.worker
 import mlserver.rest.endpoints
 import mlserver.rest.errors
 import orjson
 from mlserver.errors import MLServerError
 from mlserver.grpc.servicers import InferenceServicer
+from mlserver.parallel.errors import WorkerError
 from mlserver.rest.requests import Request
 from mlserver.rest.responses import Response
 from starlette.exceptions import HTTPException
@@ -116,6 +119,7 @@ def prepare_server() -> None:
 
     Request.body, Request.json = body, json
     mlserver.rest.endpoints.StreamingResponse = _Stream
+    mlserver.parallel.worker.WorkerError = _worker_error
     _refuse_bad_messages()
 
 
@@ -198,6 +202,11 @@ def _is_compressed(request: Request) -> bool:
     if encoding not in {"identity", "gzip"}:
         raise BadBody(f"got the content encoding {encoding!r:.80}, expected gzip or none @ body")
     return bool(encoding == "gzip")
+
+
+def _worker_error(error: BaseException) -> MLServerError:
+    """What a worker sends of an error: ours as it is, it pickles."""
+    return error if type(error) is MLServerError else WorkerError(error)
 
 
 def _error_response(status_code: int, content: dict[str, Any]) -> Response:

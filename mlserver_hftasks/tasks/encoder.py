@@ -51,7 +51,6 @@ class Encoding(Protocol):
     overflowing: list[Any]
 
 
-
 @dataclass(frozen=True, slots=True)
 class _SlowEncoding:
     """The encoding of a tokenizer that is written in Python: it has no offsets and no words."""

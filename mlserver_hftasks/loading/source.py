@@ -1,0 +1,131 @@
+"""A model on the hub or in a folder: its config, its tokenizer, its weights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from mlserver_hftasks.backends.base import Head
+from mlserver_hftasks.errors import InvalidSettings
+from mlserver_hftasks.settings import Settings
+
+logger = logging.getLogger("mlserver.hftasks")
+transformers.utils.logging.disable_progress_bar()
+
+
+class Source:
+    """A hub id or a folder, and how to read it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._name = settings.pretrained_model or ""
+        self._common: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
+        if settings.revision is not None:
+            self._common["revision"] = settings.revision
+        self.folder = Path(self._name) if Path(self._name).is_dir() else self._snapshot()
+
+    def _snapshot(self) -> Path:
+        """The small files of a model on the hub, sentence-transformers' among them."""
+        patterns = ["*.json", "*_Dense/*"]
+        path = self._read(
+            snapshot_download,
+            self._name,
+            "pretrained_model",
+            revision=self._settings.revision,
+            allow_patterns=patterns,
+        )
+        return Path(path)
+
+    def config(self) -> PretrainedConfig:
+        """The model's config. This and the rest raise `InvalidSettings` for what cannot be read."""
+        return self._read(AutoConfig.from_pretrained, self._name, "pretrained_model", **self._common)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer, or the one that the settings name."""
+        name = self._settings.pretrained_tokenizer or self._name
+        tokenizer = self._read(AutoTokenizer.from_pretrained, name, "pretrained_tokenizer", **self._common)
+        if self._settings.do_lower_case:
+            _lower_case(tokenizer)
+        return tokenizer
+
+    def model(self, head: Head, config: PretrainedConfig, device: torch.device) -> PreTrainedModel:
+        """The model with that head, on the CPU; `device` is where it will run."""
+        options: dict[str, Any] = {
+            "dtype": dtype_of(self._settings.dtype, device, config),
+            "use_safetensors": True,
+            **self._common,
+            **self._settings.model_kwargs,
+        }
+        auto_class = getattr(transformers, head.auto_class)
+        with _quiet_transformers():
+            model, report = self._read(
+                auto_class.from_pretrained,
+                self._name,
+                "pretrained_model",
+                config=config,
+                output_loading_info=True,
+                **options,
+            )
+        if missing := sorted(report["missing_keys"]):
+            logger.warning(
+                "%s has no weights for %s: they are random, and so are its answers", self._name, missing[:4]
+            )
+        loaded: PreTrainedModel = model
+        return loaded
+
+    def _read(self, read: Callable[..., Any], name: str, key: str, **options: Any) -> Any:
+        try:
+            return read(name, **options)
+        except Exception as error:  # what several libraries make of files that they did not expect
+            reason = " ".join(str(error).split()) or type(error).__name__
+            if "safetensors" in reason:
+                reason += ' (pickled weights load only with "model_kwargs": {"use_safetensors": false})'
+            raise InvalidSettings(
+                f"'{name}' cannot be loaded: {reason}, expected a model of the hub or its folder "
+                f"@ parameters.extra.{key}"
+            ) from error
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without the tables that transformers prints while it loads; we log a line of our own."""
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(verbosity)
+
+
+def dtype_of(setting: str, device: torch.device, config: PretrainedConfig) -> torch.dtype:
+    """The dtype of the setting; `auto` is the checkpoint's, where the device computes in it."""
+    if setting != "auto":
+        dtype: torch.dtype = getattr(torch, setting)
+        return dtype
+    stored = getattr(config, "dtype", None) or torch.float32
+    # float16 arithmetic on a CPU is emulated, and slower than float32.
+    slow = stored is torch.float16 and device.type == "cpu"
+    return torch.float32 if slow or not isinstance(stored, torch.dtype) else stored
+
+
+def _lower_case(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Lower-case first, whatever the tokenizer's own normalisation is."""
+    if not tokenizer.is_fast:
+        raise InvalidSettings(
+            "got true, but this tokenizer is written in Python @ parameters.extra.do_lower_case"
+        )
+    from tokenizers import normalizers
+
+    backend = tokenizer.backend_tokenizer
+    lower = normalizers.Lowercase()
+    backend.normalizer = (
+        lower if backend.normalizer is None else normalizers.Sequence([lower, backend.normalizer])
+    )
