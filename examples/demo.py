@@ -128,8 +128,8 @@ def ask(clients: Clients) -> Answers:
     """Put every question of the demo."""
     texts = list(REVIEWS)
     passages = [QUESTION, *PASSAGES]
-    plain = clients.ask_rest("sentiment", "array_inputs", texts)["output"]
-    ranked = clients.ask_rest("sentiment", "args", texts[:1], top_k=2)["output"]
+    plain = clients.ask_rest("sentiment", "args", texts)["output"]
+    ranked = clients.ask_rest("sentiment", "array_inputs", texts[:1], top_k=2)["output"]
     typed = clients.ask_grpc("sentiment", "array_inputs", texts, ["label", "score"])
     by_rest = clients.ask_rest("embeddings", "array_inputs", passages, ["embedding"])
     by_grpc = clients.ask_grpc("embeddings", "array_inputs", passages, ["embedding"])
@@ -208,7 +208,7 @@ def serving(models: Path, ports: Ports) -> Iterator[subprocess.Popen[bytes]]:
     """Run MLServer on `models` for as long as the block lasts."""
     with tempfile.TemporaryDirectory() as scratch, (Path(scratch) / "server.log").open("w+b") as log:
         server = subprocess.Popen(
-            [sys.executable, "-m", "mlserver.cli.main", "start", str(models)],
+            [str(Path(sys.executable).with_name("mlserver")), "start", str(models)],
             env=environment(ports, Path(scratch)),
             stdout=log,
             stderr=subprocess.STDOUT,

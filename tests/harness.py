@@ -17,18 +17,27 @@ def serve(folder: Path | str, task: str, **settings: Any) -> Served:
     return load(Settings(task=task, pretrained_model=str(folder), device="cpu", **settings))
 
 
-def answer(served: Served, inputs: Mapping[str, Sequence[Any]], *, together: bool = True, **parameters: Any) -> list[Answered]:
+def answer(
+    served: Served, inputs: Mapping[str, Sequence[Any]], *, together: bool = True, **parameters: Any
+) -> list[Answered]:
     """Examples and outputs of a request; `together`: all rows in one batch, else each alone."""
     parsed = served.task.signature.parse(parameters)
     examples = served.task.examples(inputs, parsed)
     rows = [row for example in examples for row in example.rows]
-    outputs = list(served.backend.forward(rows)) if together else [served.backend.forward([row])[0] for row in rows]
+    outputs = (
+        list(served.backend.forward(rows)) if together else [served.backend.forward([row])[0] for row in rows]
+    )
     remaining = iter(outputs)
     return [Answered(example, [next(remaining) for _ in example.rows]) for example in examples]
 
 
 def results(
-    served: Served, inputs: Mapping[str, Sequence[Any]], *, scalar: bool = False, together: bool = True, **parameters: Any
+    served: Served,
+    inputs: Mapping[str, Sequence[Any]],
+    *,
+    scalar: bool = False,
+    together: bool = True,
+    **parameters: Any,
 ) -> list[Any]:
     """The elements of the response's `output`."""
     parsed = served.task.signature.parse(parameters)
@@ -36,7 +45,9 @@ def results(
     return served.task.shaped([served.task.postprocess(a, parsed) for a in answered], parsed, scalar=scalar)
 
 
-def tensors(served: Served, names: Sequence[str], inputs: Mapping[str, Sequence[Any]], **parameters: Any) -> Mapping[str, Tensor]:
+def tensors(
+    served: Served, names: Sequence[str], inputs: Mapping[str, Sequence[Any]], **parameters: Any
+) -> Mapping[str, Tensor]:
     """The typed outputs of a request."""
     parsed = served.task.signature.parse(parameters)
     return served.task.tensors(names, answer(served, inputs, **parameters), parsed)

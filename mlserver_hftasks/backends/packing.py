@@ -65,7 +65,7 @@ class Backbone:
         self._module.forward = self
 
     def use(self, layout: Layout) -> None:
-        """Change the layout of the batches that follow. Raises TypeError if the model knows no such layout."""
+        """Change the layout of what follows. Raises TypeError if the model knows no such layout."""
         if layout is Layout.VARLEN and not self._module._supports_attention_backend:
             raise TypeError("its attention is not behind AttentionInterface")
         implementation = ATTENTION_NAME if layout is Layout.VARLEN else self._attention

@@ -85,7 +85,8 @@ def _elements(tensor: RequestInput) -> list[Any]:
     expected = prod(tensor.shape)
     if len(elements) != expected:
         raise InvalidRequest(
-            f"{len(elements)} elements, expected {expected} as the shape {list(tensor.shape)} says @ {tensor.name}"
+            f"{len(elements)} elements, expected {expected} as the shape {list(tensor.shape)} says "
+            f"@ {tensor.name}"
         )
     return elements
 

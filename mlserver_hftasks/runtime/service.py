@@ -1,4 +1,7 @@
-"""A request's way, from its tensors to those of the answer; the numbers are the steps of docs/structure.md."""
+"""A request's way, from its tensors to those of the answer.
+
+The numbers are the steps of `docs/structure.md`.
+"""
 
 from __future__ import annotations
 

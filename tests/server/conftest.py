@@ -100,6 +100,7 @@ def few_models(sentiment: Path) -> dict[str, Model]:
         "sentiment": Model(sentiment, task),
         "limited": Model(sentiment, {**task, **LIMITS}),
         "narrow": Model(sentiment, {**task, "max_queue_rows": 3}),
+        "windowed": Model(sentiment, task, top={"max_batch_size": 32, "max_batch_time": 1.0}),
         "versioned-1": Model(
             tiny.folder("bert", "sequence", LABELS_OF_VERSION["1"]), task, version="1", name="versioned"
         ),
@@ -114,10 +115,10 @@ def all_models(sentiment: Path, slow: Path) -> dict[str, Model]:
     return {
         **few_models(sentiment),
         "three": Model(tiny.folder("bert", "sequence", ("one", "two", "three"), **MEDIUM), task),
-        "windowed": Model(sentiment, task, top={"max_batch_size": 32, "max_batch_time": 1.0}),
         "padded": Model(sentiment, {**task, "packing": "off"}),
         "slow": Model(slow, task),
         "crowded": Model(slow, {**task, "max_queue_rows": CROWDED_ROWS}),
+        "bulk": Model(slow, {**task, "warmup": False}),
         "hurried": Model(slow, {**task, "timeout_ms": 100, "warmup": False}),
         "zero-shot": Model(
             tiny.folder("bert", "sequence", ("contradiction", "neutral", "entailment"), **MEDIUM),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,10 @@ class Server:
         *,
         parallel_workers: int = 0,
         environment: Mapping[str, str] | None = None,
+        python: Path | None = None,
     ) -> None:
         self.root = root
+        self._python = python or Path(sys.executable)
         self.repository = root / "repository"
         self.http_port, self.grpc_port, self.metrics_port = _free_ports(3)
         self.url = f"http://127.0.0.1:{self.http_port}"
@@ -101,7 +104,7 @@ class Server:
         self.stop()
 
     def start(self) -> None:
-        command = [str(Path(sys.executable).with_name("mlserver")), "start", str(self.repository)]
+        command = [str(self._python.with_name("mlserver")), "start", str(self.repository)]
         with self._log_path.open("wb") as log:
             self._process = subprocess.Popen(
                 command, cwd=self.root, env=self._variables(), stdout=log, stderr=subprocess.STDOUT
@@ -206,6 +209,16 @@ class Server:
     def repository_call(self, name: str, action: str) -> httpx.Response:
         """`load` or `unload` by the repository API."""
         return self.client.post(f"/v2/repository/models/{name}/{action}", json={})
+
+    @contextmanager
+    def having(self, name: str, model: Model) -> Iterator[httpx.Response]:
+        """A further model for a while; gives the answer to the call that loads it."""
+        self.write(name, model)
+        try:
+            yield self.repository_call(name, "load")
+        finally:
+            self.repository_call(name, "unload")
+            shutil.rmtree(self.repository / name)
 
     def write(self, name: str, model: Model) -> None:
         """Write the settings of a model into the repository; what is served does not change by itself."""

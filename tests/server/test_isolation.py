@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import http.server
 import itertools
 import json
@@ -408,27 +407,17 @@ def pickled_folder(tmp_path: Path, sentiment_folder: Path) -> tuple[Path, Path]:
     return folder, trace
 
 
-@contextlib.contextmanager
-def written(server: Server, name: str, model: Model) -> Iterator[None]:
-    """A model in the repository for a while."""
-    server.write(name, model)
-    try:
-        yield
-    finally:
-        shutil.rmtree(server.repository / name)
-
-
 @pytest.mark.parametrize("model_kwargs", [{}, {"use_safetensors": False}], ids=["by default", "when asked for"])
 def test_a_pickle_is_not_run(server: Server, pickled_folder: tuple[Path, Path], model_kwargs: dict[str, Any]) -> None:
     folder, trace = pickled_folder
-    with written(server, "pickled", Model(folder, {"task": "text-classification", "model_kwargs": model_kwargs})):
-        response = server.repository_call("pickled", "load")
+    model = Model(folder, {"task": "text-classification", "model_kwargs": model_kwargs})
+    with server.having("pickled", model) as response:
+        assert server.infer("pickled", texts("a")).status_code == 404
     assert 400 <= response.status_code < 500, response.text
     assert " @ " in response.json()["error"]
     if not model_kwargs:
         assert '"use_safetensors": false' in response.json()["error"]
     assert not trace.exists()
-    assert server.infer("pickled", texts("a")).status_code == 404
 
 
 def test_pickled_weights_load_when_asked_for(server: Server, tmp_path: Path, sentiment_folder: Path) -> None:
@@ -439,7 +428,6 @@ def test_pickled_weights_load_when_asked_for(server: Server, tmp_path: Path, sen
     shutil.copytree(sentiment_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     torch.save(load_file(sentiment_folder / "model.safetensors"), folder / "pytorch_model.bin")
     extra = {"task": "text-classification", "model_kwargs": {"use_safetensors": False}}
-    with written(server, "pickled", Model(folder, extra)):
-        assert server.repository_call("pickled", "load").status_code == 200
+    with server.having("pickled", Model(folder, extra)) as response:
+        assert response.status_code == 200
         assert_same(server.results("pickled", texts(*SENTENCES)), server.results("sentiment", texts(*SENTENCES)))
-        assert server.repository_call("pickled", "unload").status_code == 200

@@ -64,8 +64,16 @@ def test_every_type_of_seldon_core_v1() -> None:
 @pytest.mark.parametrize(
     ("extra", "environment", "message"),
     [
-        ({"pretrained_modle": "x"}, {}, "unknown setting 'pretrained_modle', did you mean 'pretrained_model'?"),
-        ({"framework": "tf"}, {}, '"pt": transformers 5 has PyTorch models only @ parameters.extra.framework'),
+        (
+            {"pretrained_modle": "x"},
+            {},
+            "unknown setting 'pretrained_modle', did you mean 'pretrained_model'?",
+        ),
+        (
+            {"framework": "tf"},
+            {},
+            '"pt": transformers 5 has PyTorch models only @ parameters.extra.framework',
+        ),
         ({"dtype": "int4"}, {}, "@ parameters.extra.dtype"),
         ({"batch_size": 0}, {}, "got 0, expected: Input should be greater than or equal to 1"),
         ({"packing": "on"}, {}, "'auto' or 'off'"),
@@ -73,7 +81,11 @@ def test_every_type_of_seldon_core_v1() -> None:
         ({"task": "ner", "task_suffix": "_en_to_fr"}, {}, "only `translation` takes one"),
         ({}, unit(batch_size=("INT", "x")), "got 'x', expected a value of type INT @ batch_size"),
         ({}, unit(warmup=("BOOL", "maybe")), "expected a value of type BOOL @ warmup"),
-        ({}, unit(task=("TEXT", "x")), "got the type 'TEXT', expected one of INT, FLOAT, DOUBLE, STRING, BOOL"),
+        (
+            {},
+            unit(task=("TEXT", "x")),
+            "got the type 'TEXT', expected one of INT, FLOAT, DOUBLE, STRING, BOOL",
+        ),
         ({}, {"PREDICTIVE_UNIT_PARAMETERS": "{"}, "invalid JSON"),
         ({}, {"PREDICTIVE_UNIT_PARAMETERS": '{"a": 1}'}, "expected a JSON list"),
         ({}, {"PREDICTIVE_UNIT_PARAMETERS": '["a"]'}, "expected name, value and type"),

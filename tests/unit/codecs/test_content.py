@@ -17,15 +17,23 @@ from mlserver_hftasks.codecs.content import Decoded, decode_tensor
 from mlserver_hftasks.errors import InvalidRequest
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**53), 2**53)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
     max_leaves=12,
 ).filter(lambda value: "data:image/" not in json.dumps(value))
 
 
-def tensor(data: list[Any], content_type: str | None = None, datatype: str = "BYTES", shape: list[int] | None = None) -> RequestInput:
+def tensor(
+    data: list[Any], content_type: str | None = None, datatype: str = "BYTES", shape: list[int] | None = None
+) -> RequestInput:
     parameters = Parameters(content_type=content_type) if content_type else None
-    return RequestInput(name="x", shape=shape or [len(data)], datatype=datatype, data=data, parameters=parameters)
+    return RequestInput(
+        name="x", shape=shape or [len(data)], datatype=datatype, data=data, parameters=parameters
+    )
 
 
 def png(colour: str = "red") -> bytes:

@@ -17,7 +17,9 @@ NAMES = Names(
 
 def tensor(name: str, *data: Any, content_type: str | None = None, datatype: str = "BYTES") -> RequestInput:
     parameters = Parameters(content_type=content_type) if content_type else None
-    return RequestInput(name=name, shape=[len(data)], datatype=datatype, data=list(data), parameters=parameters)
+    return RequestInput(
+        name=name, shape=[len(data)], datatype=datatype, data=list(data), parameters=parameters
+    )
 
 
 def decode(*tensors: RequestInput, outputs: list[str] | None = None, **parameters: Any) -> Call:
@@ -79,15 +81,29 @@ def test_the_content_type_of_the_request_is_the_default_if_it_is_one_of_tensors(
 @pytest.mark.parametrize(
     ("tensors", "parameters", "message"),
     [
-        ([tensor("array_input", "a", "b")], {}, "unknown input or parameter 'array_input', did you mean 'array_inputs'?"),
+        (
+            [tensor("array_input", "a", "b")],
+            {},
+            "unknown input or parameter 'array_input', did you mean 'array_inputs'?",
+        ),
         ([tensor("args", "a"), tensor("inputs", "b")], {}, "the input 'inputs' came twice"),
         ([tensor("args", "a")], {"top_kk": 1}, "did you mean 'top_k'? @ top_kk"),
-        ([tensor("args", "a"), tensor("top_k", 1, 2, datatype="INT64")], {}, "2 values, expected one @ top_k"),
+        (
+            [tensor("args", "a"), tensor("top_k", 1, 2, datatype="INT64")],
+            {},
+            "2 values, expected one @ top_k",
+        ),
         ([tensor("top_k", 1, datatype="INT64")], {}, "no input, expected args or array_inputs or inputs"),
-        ([tensor("args", "a"), tensor("custom_generate", "x")], {}, "unknown input or parameter 'custom_generate'"),
+        (
+            [tensor("args", "a"), tensor("custom_generate", "x")],
+            {},
+            "unknown input or parameter 'custom_generate'",
+        ),
     ],
 )
-def test_what_is_wrong_is_named(tensors: list[RequestInput], parameters: dict[str, Any], message: str) -> None:
+def test_what_is_wrong_is_named(
+    tensors: list[RequestInput], parameters: dict[str, Any], message: str
+) -> None:
     with pytest.raises(InvalidRequest) as caught:
         decode(*tensors, **parameters)
     assert message in str(caught.value)

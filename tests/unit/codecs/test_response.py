@@ -19,7 +19,11 @@ from tests.unit.codecs.test_content import JSON, tensor
 def test_results_come_back_as_json_per_element(results: list[Any]) -> None:
     output = encode_results(results)
     assert output.shape == [len(results), 1]
-    assert (output.name, output.datatype, output.parameters.content_type) == ("output", "BYTES", "hg_jsonlist")
+    assert (output.name, output.datatype, output.parameters.content_type) == (
+        "output",
+        "BYTES",
+        "hg_jsonlist",
+    )
     assert [json.loads(element) for element in output.data.root] == results
 
 
@@ -30,7 +34,9 @@ def test_an_empty_result_keeps_its_name_and_content_type() -> None:
 
 def test_numpy_is_json_too() -> None:
     array = np.arange(6, dtype=np.float32).reshape(2, 3)
-    output = encode_results([{"a": array, "t": array.T, "s": np.float32(0.1), "i": np.int64(3), "b": np.bool_(True)}])
+    output = encode_results(
+        [{"a": array, "t": array.T, "s": np.float32(0.1), "i": np.int64(3), "b": np.bool_(True)}]
+    )
     decoded = json.loads(output.data.root[0])
     assert decoded["a"] == array.tolist()
     assert decoded["t"] == array.T.tolist()
