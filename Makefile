@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml
 	touch $(STAMP)
 
 demo: install
-	$(BIN)/python -m examples.demo $(if $(CHECK),--check)
+	$(BIN)/python examples/demo.py $(if $(CHECK),--check)
 
 test: install
 	$(BIN)/python -m pytest $(if $(COVERAGE),--cov --cov-report=term-missing:skip-covered) $(ARGS)

@@ -65,13 +65,13 @@ def measure(session: Session) -> Findings:
         "a batch of n against n batches of one, every task, largest difference",
         Spread.of([worst]),
         at_most=TOLERANCE,
-        detail=f"{len(TASKS)} tasks on {', '.join(FAMILIES)}; results and typed outputs",
+        detail=f"{len(TASKS)} tasks on {', '.join(FAMILIES)}; results, typed and raw outputs",
     )
     return Findings([figure], [Table("Largest difference by task", ["task", *FAMILIES], rows)])
 
 
 def _difference(task: str, family: str) -> float:
-    """Largest difference of the results and the typed outputs; infinite if anything else differs."""
+    """Largest difference of results, typed and raw outputs; infinite if anything else differs."""
     tiny, harness = (importlib.import_module(f"tests.{name}") for name in ("tiny", "harness"))
     head, inputs, parameters = INPUTS[task]
     served = harness.serve(tiny.folder(family, head, LABELS.get(task)), task)
@@ -91,6 +91,7 @@ def _everything(task: Task[Any], answered: Sequence[Answered], parameters: Mappi
     return [
         [task.postprocess(item, parsed) for item in answered],
         {name: tensors[name].values.tolist() for name in names},
+        [[dict(outputs) for outputs in item.outputs] for item in answered],
     ]
 
 

@@ -30,7 +30,7 @@ def measure(session: Session) -> Findings:
 def _measure(session: Session, shape: Shape) -> Findings:
     folder = session.model(shape)
     packed, padded = InProcess(folder), InProcess(folder, packing="off")
-    rows = packed.rows(session.texts_for(shape)[:128])
+    rows = packed.rows(session.texts_for(shape)[: min(128, session.plan.texts // 2)])
     batches = in_arrival_order(rows, BATCH)
     results = take_turns(
         session.rounds(shape),

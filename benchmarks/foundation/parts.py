@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,9 +13,8 @@ from typing import Any
 
 import numpy as np
 import orjson
-from mlserver import ModelSettings
 from mlserver.codecs.json import encode_to_json_bytes
-from mlserver.types import InferenceRequest
+from mlserver.types import InferenceRequest, InferenceResponse
 
 from benchmarks import load, v2
 from benchmarks.report import Figure, Findings, Table, number
@@ -22,13 +22,15 @@ from benchmarks.rounds import Spread, ratios, take_turns
 from benchmarks.server import Model, Server, classifier, running
 from benchmarks.session import Session
 from benchmarks.shapes import ONE_LAYER
-from mlserver_hftasks import HFTasksRuntime
-from mlserver_hftasks.codecs.request import check_envelope, decode_request
+from mlserver_hftasks.codecs.request import check_envelope
 from mlserver_hftasks.codecs.response import encode_results
 from mlserver_hftasks.engine.batcher import Batcher
 from mlserver_hftasks.engine.cost import CostModel
 from mlserver_hftasks.engine.rows import Outputs, Row
 from mlserver_hftasks.engine.scheduler import Limits, Scheduler
+from mlserver_hftasks.loading import load as load_model
+from mlserver_hftasks.runtime.service import Service
+from mlserver_hftasks.settings import Settings
 from mlserver_hftasks.tasks.base import Answered
 
 ECHO, OURS = "echo", "one-layer"
@@ -115,57 +117,50 @@ class _Instant:
 
 
 async def _parts(session: Session) -> list[tuple[str, float]]:
-    extra = {"pretrained_model": str(session.model(ONE_LAYER)), "task": "text-classification", "device": -1}
-    runtime = HFTasksRuntime(
-        ModelSettings(name=OURS, implementation=HFTasksRuntime, parameters={"extra": extra})
-    )
-    await runtime.load()
-    served, names = runtime._served, runtime._names
-    assert served is not None
+    folder = str(session.model(ONE_LAYER))
+    served = load_model(Settings(task="text-classification", pretrained_model=folder, device="cpu"))
     task = served.task
-    raw = v2.Texts("", 0, OURS, session.texts(64))
-    body = raw.request(0).partition(b"\r\n\r\n")[2]
-    payload = InferenceRequest.model_validate(orjson.loads(body))
-    call = decode_request(payload, names)
-    parameters = task.signature.parse({})
-    (example,) = task.examples(call.inputs, parameters)
-    outputs = served.backend.forward(example.rows)
-    answered = Answered(example, outputs)
-    result = [task.postprocess(answered, parameters)]
     batcher = Batcher(_Instant(), Scheduler(Limits(), CostModel(), padded=False))
-    response = await runtime.predict(payload)
+    service = Service(task, batcher, None)
+    body = v2.Texts("", 0, OURS, session.texts(64)).request(0).partition(b"\r\n\r\n")[2]
+    payload = InferenceRequest.model_validate(orjson.loads(body))
+    call, parameters = service._decode(payload)
+    (example,) = task.examples(call.inputs, parameters)
+    answered = Answered(example, served.backend.forward(example.rows))
+    result = [task.postprocess(answered, parameters)]
+    response = InferenceResponse(model_name=OURS, outputs=await service.answer(payload))
     parts = [
-        ("check the envelope", _time(lambda: check_envelope(orjson.loads(body)))),
+        ("JSON, check the envelope", _time(lambda: check_envelope(orjson.loads(body)))),
         (
             "V2 types from JSON (MLServer's)",
             _time(lambda: InferenceRequest.model_validate(orjson.loads(body))),
         ),
-        ("decode the request", _time(lambda: decode_request(payload, names))),
-        ("check the parameters", _time(lambda: task.signature.parse({}))),
+        ("decode the request, check the parameters", _time(lambda: service._decode(payload))),
         ("tokenize", _time(lambda: task.examples(call.inputs, parameters))),
-        ("forward, one layer", _time(lambda: served.backend.forward(example.rows))),
+        ("schedule, to the device thread and back", await _time_async(lambda: batcher.run(example.rows))),
         ("postprocess", _time(lambda: task.postprocess(answered, parameters))),
         ("encode the result", _time(lambda: encode_results(result))),
         ("JSON from V2 types (MLServer's)", _time(lambda: encode_to_json_bytes(response.model_dump()))),
-        ("schedule, there and back", await _time_async(lambda: batcher.run(example.rows))),
-        ("predict as a whole, one layer", await _time_async(lambda: runtime.predict(payload))),
+        ("all of ours, the model instant", await _time_async(lambda: service.answer(payload))),
+        ("forward, one layer", _time(lambda: served.backend.forward(example.rows))),
+        ("full garbage collection of this process", _time(gc.collect, 3)),
     ]
     await batcher.close()
-    await runtime.unload()
+    served.backend.close()
     return parts
 
 
-def _time(call: Callable[[], Any]) -> float:
+def _time(call: Callable[[], Any], repeats: int = REPEATS) -> float:
     """Microseconds, median."""
     took = []
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         begin = time.perf_counter()
         call()
         took.append(time.perf_counter() - begin)
     return 1e6 * float(np.median(took))
 
 
-async def _time_async(call: Callable[[], Any]) -> float:
+async def _time_async(call: Callable[[], Coroutine[Any, Any, Any]]) -> float:
     took = []
     for _ in range(REPEATS):
         begin = time.perf_counter()

@@ -80,10 +80,14 @@ def _datatype(tensor: RequestInput) -> str:
 
 
 def _elements(tensor: RequestInput) -> list[Any]:
-    """The tensor's data, flat. Raises `InvalidRequest` if it is not as many as the shape says."""
+    """The tensor's data, flat. Raises `InvalidRequest` if it is not as many as the shape says.
+
+    BYTES of the shape [1] may be more: so the documentation of mlserver_huggingface sends a batch.
+    """
     elements = _flat(getattr(tensor.data, "root", tensor.data))
     expected = prod(tensor.shape)
-    if len(elements) != expected:
+    may_be_more = list(tensor.shape) == [1] and _datatype(tensor) == "BYTES"
+    if len(elements) != expected and not (may_be_more and elements):
         raise InvalidRequest(
             f"{len(elements)} elements, expected {expected} as the shape {list(tensor.shape)} says "
             f"@ {tensor.name}"

@@ -119,13 +119,21 @@ def decode_request(request: InferenceRequest, names: Names) -> Call:
             continue
         if own_name in inputs:
             raise InvalidRequest(f"the input '{own_name}' came twice, expected it once @ {tensor.name}")
-        inputs[own_name] = decoded.items
-        scalar = scalar or not decoded.is_list or (tensor.name == SCALAR_NAME and len(decoded.items) == 1)
+        inputs[own_name], by_itself = _items(decoded)
+        scalar = scalar or by_itself or tensor.name == SCALAR_NAME
     if not inputs:
         expected = " or ".join(sorted(set(names.inputs)))
         raise InvalidRequest(f"no input, expected {expected} @ inputs")
+    scalar = scalar and all(len(items) == 1 for items in inputs.values())
     outputs = tuple(output.name for output in request.outputs or ())
     return Call(inputs, parameters, scalar, outputs)
+
+
+def _items(decoded: Decoded) -> tuple[list[Any], bool]:
+    """The items of an input, and whether it is one by itself; a JSON list is a list of items."""
+    if isinstance(decoded.value, list):
+        return decoded.value, False
+    return [decoded.value], True
 
 
 def size_of(request: InferenceRequest) -> int:

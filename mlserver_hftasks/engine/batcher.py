@@ -41,7 +41,7 @@ class BatchReport:
     forward_s: float
     failed_rows: int
     queued_rows: int
-    """Rows still waiting when the batch left."""
+    """Rows waiting when the batch ended."""
 
 
 @dataclass(eq=False, slots=True)

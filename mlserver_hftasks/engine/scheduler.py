@@ -32,6 +32,8 @@ MAX_MISFITS = 8
 POOL_FACTOR = 4
 """A padded batch is chosen among the most urgent rows of this many times its tokens."""
 MAX_POOL_ROWS = 256
+MIN_OVERHEAD_S = 1e-4
+"""What our own code costs per batch, at least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,9 +215,10 @@ class Scheduler:
         useful = total[last + 1] - total[first]
         allowed = (padded <= self.budget_tokens) & (rows <= self.limits.max_batch_rows)
         allowed |= rows == 1
-        overhead, per_token = self.cost.overhead_s, self.cost.per_token_s
-        seconds = overhead + per_token * padded if self.cost.knows else padded
-        rate = np.where(allowed, useful / np.maximum(seconds, 1e-12), -1.0)
+        # No batch is free: without any overhead, batches of one row would always look best.
+        overhead, per_token = max(self.cost.overhead_s, MIN_OVERHEAD_S), self.cost.per_token_s
+        seconds = overhead + per_token * padded if self.cost.knows else MIN_BUDGET_TOKENS + padded
+        rate = np.where(allowed, useful / seconds, -1.0)
         best_first, best_last = np.unravel_index(int(rate.argmax()), rate.shape)
         return int(best_first), seed + int(best_last)
 

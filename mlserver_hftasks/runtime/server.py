@@ -9,6 +9,7 @@
 - a gRPC message that is no V2 request is an INVALID_ARGUMENT (MLServer says INTERNAL), and so is a
   parameter of a kind that MLServer drops in silence;
 - a stream that fails before its first answer has the error's own status (MLServer says 500);
+- a request for a model that is still loading is a 503 (MLServer says 400);
 - an error that crosses from a worker keeps its message (MLServer puts the class before it);
 - what a client did wrong is not logged with a traceback.
 
@@ -29,11 +30,12 @@ from typing import Any
 
 import grpc
 import mlserver.grpc.utils
+import mlserver.handlers.dataplane
 import mlserver.parallel.worker
 import mlserver.rest.endpoints
 import mlserver.rest.errors
 import orjson
-from mlserver.errors import MLServerError
+from mlserver.errors import MLServerError, ModelNotReady
 from mlserver.grpc.servicers import InferenceServicer
 from mlserver.parallel.errors import WorkerError
 from mlserver.rest.requests import Request
@@ -120,6 +122,7 @@ def prepare_server() -> None:
     Request.body, Request.json = body, json
     mlserver.rest.endpoints.StreamingResponse = _Stream
     mlserver.parallel.worker.WorkerError = _worker_error
+    mlserver.handlers.dataplane.ModelNotReady = _not_ready
     _refuse_bad_messages()
 
 
@@ -207,6 +210,13 @@ def _is_compressed(request: Request) -> bool:
 def _worker_error(error: BaseException) -> MLServerError:
     """What a worker sends of an error: ours as it is, it pickles."""
     return error if type(error) is MLServerError else WorkerError(error)
+
+
+def _not_ready(name: str, version: str | None = None) -> MLServerError:
+    error = ModelNotReady(name, version)
+    if name in _body_limits:
+        error.status_code = 503
+    return error
 
 
 def _error_response(status_code: int, content: dict[str, Any]) -> Response:

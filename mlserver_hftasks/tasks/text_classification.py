@@ -28,6 +28,9 @@ class TextClassificationParameters(TextParameters):
         None, description="from logits to scores"
     )
     return_all_scores: bool | None = Field(None, description="all labels in the model's order (deprecated)")
+    padding: bool | Literal["longest", "max_length", "do_not_pad"] | None = Field(
+        None, description="accepted, no effect: texts are not padded"
+    )
 
 
 class TextClassification(Task[TextClassificationParameters]):
@@ -119,6 +122,8 @@ class TextClassification(Task[TextClassificationParameters]):
         return values
 
     def _text_or_pair(self, value: Any, where: str) -> TextOrPair:
+        if isinstance(value, list) and len(value) == 1 and isinstance(value[0], list) and len(value[0]) == 2:
+            value = dict(zip(("text", "text_pair"), value[0], strict=True))  # an old form of pairs
         if not isinstance(value, dict):
             return self.text(value, where)
         if not {"text"} <= set(value) <= {"text", "text_pair"}:

@@ -27,7 +27,10 @@ def differences(theirs: Answer, ours: Answer) -> list[Difference]:
     """All that differs, but at most one of each kind."""
     found = list(_of_status(theirs, ours))
     if not found and theirs.error is None:
-        found = [*_of_values(dict(theirs.envelope), dict(ours.envelope), "response"), *_of_outputs(theirs, ours)]
+        found = [
+            *_of_values(dict(theirs.envelope), dict(ours.envelope), "response"),
+            *_of_outputs(theirs, ours),
+        ]
     return list({difference.kind: difference for difference in reversed(found)}.values())
 
 

@@ -1,4 +1,4 @@
-"""The differences that `docs/compatibility.md` explains."""
+"""`docs/compatibility.md`: the differences that it explains, and its last section."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
-_ROW = re.compile(r"^\| (?P<requests>`[^|]+`) \| (?P<kind>[^|]+) \| (?P<reason>[^|]+) \|$", re.MULTILINE)
+_ROW = re.compile(r"^\| (?P<requests>`[^|]+`) \| (?P<kinds>[^|]+) \| (?P<reason>[^|]+) \|$", re.MULTILINE)
 
 
 def explained(page: str | None = None) -> dict[tuple[str, str], str]:
@@ -26,4 +26,11 @@ def explained(page: str | None = None) -> dict[tuple[str, str], str]:
 def _rows(page: str) -> Iterator[tuple[tuple[str, str], str]]:
     for row in _ROW.finditer(page):
         for request in re.findall(r"`([^`]+)`", row["requests"]):
-            yield (request, row["kind"].strip()), row["reason"].strip()
+            for kind in row["kinds"].split(","):
+                yield (request, kind.strip()), row["reason"].strip()
+
+
+def write_last_run(result: str) -> None:
+    """Put the result under the page's last heading."""
+    before, heading, _ = PAGE.read_text(encoding="utf-8").partition("## The last run\n")
+    PAGE.write_text(f"{before}{heading}\n{result}\n", encoding="utf-8")

@@ -34,7 +34,10 @@ def build() -> None:
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(VENV)], check=True)
     # torch first and by itself, as in the Makefile: else pip may choose gigabytes of CUDA
     for packages in ((torch_pin(),), (torch_pin(), *PINS)):
-        subprocess.run([VENV / "bin" / "python", "-m", "pip", "install", "--quiet", *packages], check=True)
+        # -I: or pip takes the package of the current folder for one that is installed
+        subprocess.run(
+            [VENV / "bin" / "python", "-I", "-m", "pip", "install", "--quiet", *packages], check=True
+        )
 
 
 def torch_pin() -> str:

@@ -11,7 +11,8 @@ from typing import Any
 import grpc
 
 from tests.server.grpc_client import GrpcClient, unpacked
-from tests.server.process import Server, infer_path
+from tests.server.process import Server
+from tests.server.v2 import infer_path
 
 REQUESTS = Path(__file__).with_name("requests.jsonl")
 PROTOCOLS = ("rest", "grpc")
@@ -88,7 +89,10 @@ class Client:
         self._grpc.close()
 
     def _rest(self, case: Case) -> Answer:
-        response = self._server.client.post(infer_path(case.model, case.version), json=case.request)
+        # a connection each: the incumbent blocks its event loop so long that it drops idle ones
+        response = self._server.client.post(
+            infer_path(case.model, case.version), json=case.request, headers={"Connection": "close"}
+        )
         if response.status_code != 200:
             return Answer(str(response.status_code), response.text)
         body = response.json()
@@ -104,6 +108,7 @@ class Client:
             response = self._grpc.infer(
                 case.model,
                 request["inputs"],
+                outputs=[output["name"] for output in request.get("outputs", ())],
                 version=case.version,
                 request_id=request.get("id", ""),
                 raw=case.protocol == "grpc",

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from benchmarks.machine import describe
 from tests.compat.compare import Difference
 from tests.compat.models import MODELS
+from tests.compat.peer import PINS
 from tests.compat.replay import Case
 
 Reasons = Mapping[tuple[str, str], str]
+
+COLUMNS = ("calls", "equal", "explained", "different")
+TASKS = tuple(dict.fromkeys(model.task for model in MODELS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +58,7 @@ def stale(findings: Sequence[Finding], reasons: Reasons) -> list[tuple[str, str]
 
 
 def show(console: Console, findings: Sequence[Finding], *, every: bool = False) -> None:
-    """The tables: all findings or those that nobody explains, then how many of each model."""
+    """The tables: all findings or those that nobody explains, then how many of each task."""
     shown = [each for each in findings if every or each.verdict == "different"]
     if shown:
         console.print(_differences(shown))
@@ -61,7 +66,9 @@ def show(console: Console, findings: Sequence[Finding], *, every: bool = False) 
 
 
 def _differences(findings: Sequence[Finding]) -> Table:
-    table = Table("request", "difference", "mlserver-huggingface", "mlserver_hftasks", "why", title="Differences")
+    table = Table(
+        "request", "difference", "mlserver-huggingface", "mlserver_hftasks", "why", title="Differences"
+    )
     for each in findings:
         for difference, reason in zip(each.differences, each.reasons, strict=True):
             what = f"{difference.kind} {difference.where}".strip()
@@ -73,15 +80,32 @@ def _differences(findings: Sequence[Finding]) -> Table:
 
 
 def _summary(findings: Sequence[Finding]) -> Table:
-    verdicts = ("equal", "explained", "different")
-    table = Table("model", "task", "requests", *verdicts, title="Requests")
-    for model in MODELS:
-        of_model = [each.verdict for each in findings if each.case.model == model.name]
-        table.add_row(model.name, model.task, *_counts(of_model, verdicts))
-    table.add_section()
-    table.add_row("all", "", *_counts([each.verdict for each in findings], verdicts))
+    table = Table("task", *COLUMNS, title="Requests, once per protocol")
+    for row in _rows(findings):
+        table.add_row(*row, end_section=row[0] == TASKS[-1])
     return table
 
 
-def _counts(of_all: Sequence[str], verdicts: Sequence[str]) -> list[str]:
-    return [str(len(of_all)), *(str(of_all.count(verdict)) for verdict in verdicts)]
+def last_run(findings: Sequence[Finding], seconds: float) -> str:
+    """When, where and with what result, as Markdown."""
+    about, count = describe(), len({each.case.request_id for each in findings})
+    versions = about["versions"]
+    lines = [
+        f"{about['date']}, commit {about['commit']}, {about['cpu']}, {about['cores']} cores; "
+        f"{', '.join(PINS[:3])} against mlserver-hftasks {versions['mlserver-hftasks']} on transformers "
+        f"{versions['transformers']}, both on torch {versions['torch']}: {count} requests over "
+        f"{len(findings)} calls in {seconds:.0f} s, both servers' starts included.",
+        "",
+        f"| task | {' | '.join(COLUMNS)} |",
+        "| --- | --- | --- | --- | --- |",
+        *(f"| {' | '.join(row)} |" for row in _rows(findings)),
+    ]
+    return "\n".join(lines)
+
+
+def _rows(findings: Sequence[Finding]) -> Iterator[tuple[str, ...]]:
+    """Per task, and of all: how many, and how many of each verdict."""
+    task_of = {model.name: model.task for model in MODELS}
+    for name in (*TASKS, "all"):
+        verdicts = [each.verdict for each in findings if name in (task_of.get(each.case.model), "all")]
+        yield name, str(len(verdicts)), *(str(verdicts.count(verdict)) for verdict in COLUMNS[1:])

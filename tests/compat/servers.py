@@ -27,9 +27,7 @@ def running(peer_python: Path) -> Iterator[tuple[process.Server, process.Server]
 
 def _server(root: Path, implementation: str, python: Path | None = None) -> process.Server:
     models = {
-        model.name: process.Model(
-            None, implementation=implementation, top={"parameters": model.parameters()}
-        )
+        model.name: process.Model(None, implementation=implementation, top={"parameters": model.parameters()})
         for model in MODELS
     }
     return process.Server(root, models, environment=QUIET, python=python)

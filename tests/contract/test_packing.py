@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModel, BertModel
 from mlserver_hftasks.backends import probe
 from mlserver_hftasks.backends import torch as torch_backend
 from mlserver_hftasks.backends.base import Head, Level
-from mlserver_hftasks.backends.packing import ATTENTION_NAME, varlen_attention
+from mlserver_hftasks.backends.packing import ATTENTION_NAME, Backbone, varlen_attention
 from mlserver_hftasks.backends.torch import TorchBackend
 from mlserver_hftasks.engine.rows import Outputs, Row
 from tests import tiny
@@ -61,7 +61,7 @@ def serve(
         device=device,
         pad_token_id=tiny.tokenizer_of(architecture).pad_token_id,
         packing=packing,
-        probe=rows_of(architecture, (1, 40, 12, 90), seed=1),
+        probe=rows_of(architecture, (1, 40, 12, 90), seed=1, padding_inside=False),
     )
 
 
@@ -71,14 +71,16 @@ def backend(architecture: str, head: str, *, packing: bool = True) -> TorchBacke
     return made
 
 
-def rows_of(architecture: str, lengths: Sequence[int] = LENGTHS, seed: int = 0) -> list[Row]:
+def rows_of(
+    architecture: str, lengths: Sequence[int] = LENGTHS, seed: int = 0, *, padding_inside: bool = True
+) -> list[Row]:
     """Rows of random tokens with the padding token inside, which ends at the end-of-text token for BART."""
     tokenizer = tiny.tokenizer_of(architecture)
     generator = np.random.default_rng(seed)
     rows = []
     for length in lengths:
         ids = generator.integers(len(tokenizer.all_special_ids), len(tokenizer), length)
-        if length >= 5:
+        if length >= 5 and padding_inside:
             ids[length // 2] = tokenizer.pad_token_id
         if architecture == "bart":
             ids[-1] = tokenizer.eos_token_id
@@ -287,7 +289,7 @@ def _leaking_attention(module: Any, query: Any, key: Any, value: Any, mask: Any,
     """A little of the neighbours, too little for bfloat16 to tell from noise."""
     apart, _ = varlen_attention(module, query, key, value, mask, **kwargs)
     mixed, _ = _full_attention(module, query, key, value, mask, **kwargs)
-    return apart + 0.03 * (mixed - apart), None
+    return apart + 0.01 * (mixed - apart), None
 
 
 def _short_sighted_attention(
@@ -339,11 +341,10 @@ def test_wrong_window_is_noticed_though_it_is_longer_than_the_probe(attention: N
     assert serve("modernbert", "base", packing=True, model=model).description.packing != "varlen"
 
 
-def test_positions_that_count_the_padding_token_are_noticed() -> None:
-    model = load("roberta", "base")
-    model.embeddings.position_embeddings.padding_idx = None
-    # Now the backend counts from 0, and the model itself, without packing, from 2 on.
-    assert serve("roberta", "base", packing=True, model=model).description.packing == "padded"
+def test_positions_that_count_the_padding_token_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right for every text but one in which a client wrote the padding token."""
+    monkeypatch.setattr(Backbone, "_positions", lambda self, input_ids, mask: mask.cumsum(1) + 1)
+    assert serve("roberta", "base", packing=True).description.packing == "padded"
 
 
 def test_hard_rows() -> None:

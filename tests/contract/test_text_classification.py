@@ -70,6 +70,8 @@ def test_pairs(served: Served, pipeline: Callable[..., Any]) -> None:
     assert_same(results(served, {"inputs": PAIRS}, top_k=None), want)
     first, second = ([pair[name] for pair in PAIRS] for name in ("text", "text_pair"))
     assert_same(results(served, {"text": first, "text_pair": second}, top_k=None), want)
+    lists = [[[pair["text"], pair["text_pair"]]] for pair in PAIRS]
+    assert_same(results(served, {"inputs": lists}, top_k=None), want)
     swapped = results(served, {"text": second, "text_pair": first}, top_k=None)
     assert swapped != results(served, {"text": first, "text_pair": second}, top_k=None)
 

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -14,13 +15,24 @@ import torch
 
 from tests import tiny
 from tests.server.grpc_client import GrpcClient
-from tests.server.process import Model, Server, eventually, results_of, texts
+from tests.server.process import Model, Server
+from tests.server.v2 import eventually, results_of, texts
 
 LABELS_OF_VERSION = {"1": ("red", "green", "blue"), "2": ("cat", "dog")}
 LIMITS = {"max_items": 4, "max_text_chars": 300, "max_body_bytes": 20_000}
-SLOW = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024}
+SLOW: dict[str, Any] = {
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 1024,
+}
 """A model whose rows take a hundred times as long as a tiny model's."""
-MEDIUM = {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 256}
+MEDIUM: dict[str, Any] = {
+    "hidden_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 256,
+}
 """A model that takes milliseconds: of many clients at once, some must share a batch."""
 CROWDED_ROWS = 100
 """`max_queue_rows` of the model `crowded`."""
@@ -63,6 +75,12 @@ def servers(
 def server(servers: Callable[[int], Server]) -> Server:
     """The shared server without parallel workers; it has every model."""
     return servers(0)
+
+
+@pytest.fixture(params=[0, 2], ids=["no workers", "2 workers"])
+def some_server(request: pytest.FixtureRequest, servers: Callable[[int], Server]) -> Server:
+    """The shared servers, by turns."""
+    return servers(request.param)
 
 
 @pytest.fixture(scope="session")

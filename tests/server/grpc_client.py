@@ -80,7 +80,9 @@ def request(
         outputs=[pb.ModelInferRequest.InferRequestedOutputTensor(name=name) for name in outputs],
     )
     if raw:
-        message.raw_input_contents.extend(_raw(tensor["datatype"], _flat(tensor["data"])) for tensor in inputs)
+        message.raw_input_contents.extend(
+            _raw(tensor["datatype"], _flat(tensor["data"])) for tensor in inputs
+        )
     return message
 
 

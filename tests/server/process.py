@@ -10,14 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
-from prometheus_client.parser import text_string_to_metric_families
+
+from tests.server.v2 import Metrics, infer_path, results_of
 
 START_SECONDS = 120.0
 """A generous bound on a start: imports of torch and transformers, several processes, two shared cores."""
@@ -191,7 +191,6 @@ class Server:
         *,
         outputs: Sequence[str] = (),
         version: str | None = None,
-        client: httpx.Client | None = None,
         **parameters: Any,
     ) -> httpx.Response:
         """POST a V2 request; `parameters` are those of the request."""
@@ -200,7 +199,7 @@ class Server:
             body["outputs"] = [{"name": name} for name in outputs]
         if parameters:
             body["parameters"] = parameters
-        return (client or self.client).post(infer_path(model, version), json=body)
+        return self.client.post(infer_path(model, version), json=body)
 
     def results(self, model: str, inputs: Sequence[Mapping[str, Any]], **options: Any) -> list[Any]:
         """The parsed elements of the default output of a request that must succeed."""
@@ -248,70 +247,6 @@ class Server:
             "PYTHONUNBUFFERED": "1",
             **self._environment,
         }
-
-
-class Metrics:
-    """One scrape of `/metrics`."""
-
-    def __init__(self, text: str) -> None:
-        families = list(text_string_to_metric_families(text))
-        self._samples = [sample for family in families for sample in family.samples]
-        self.kinds = {family.name: family.type for family in families}
-
-    def value(self, name: str, model: str, **labels: str) -> float:
-        """The sum of the samples of that name and model that have the labels; 0 if there are none."""
-        wanted = {"model_name": model, **labels}
-        return sum(
-            sample.value
-            for sample in self._samples
-            if sample.name == name and wanted.items() <= sample.labels.items()
-        )
-
-
-def infer_path(model: str, version: str | None = None) -> str:
-    return f"/v2/models/{model}" + (f"/versions/{version}" if version else "") + "/infer"
-
-
-def results_of(response: httpx.Response) -> list[Any]:
-    """The parsed elements of the default output of an answer that must be a success."""
-    assert response.status_code == 200, f"{response.status_code}: {response.text[:500]}"
-    (output,) = response.json()["outputs"]
-    assert output["name"] == "output"
-    return [json.loads(element) for element in output["data"]]
-
-
-def tensor(
-    name: str,
-    data: Any,
-    datatype: str = "BYTES",
-    content_type: str | None = None,
-    shape: Sequence[int] | None = None,
-) -> dict[str, Any]:
-    """An input tensor of a V2 request as JSON."""
-    size = len(data) if isinstance(data, list) else 1
-    made = {"name": name, "shape": list(shape or [size]), "datatype": datatype, "data": data}
-    return {**made, "parameters": {"content_type": content_type}} if content_type else made
-
-
-def texts(*values: str, name: str = "inputs") -> list[dict[str, Any]]:
-    """The inputs of a request that brings these texts."""
-    return [tensor(name, list(values))]
-
-
-def at_once(functions: Sequence[Any], threads: int | None = None) -> list[Any]:
-    """Call all functions concurrently; their results in order."""
-    with ThreadPoolExecutor(threads or len(functions)) as pool:
-        return [future.result() for future in [pool.submit(function) for function in functions]]
-
-
-def eventually(condition: Any, seconds: float = 30.0) -> bool:
-    """Whether the condition comes true in time."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        if condition():
-            return True
-        time.sleep(0.05)
-    return bool(condition())
 
 
 def _free_ports(count: int) -> list[int]:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import http.server
 import itertools
 import json
-import os
-import pickle
 import random
-import shutil
 import socket
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import grpc
@@ -22,7 +18,8 @@ import pytest
 
 from tests.server.conftest import CROWDED_ROWS, LONG
 from tests.server.grpc_client import GrpcClient, request
-from tests.server.process import Model, Server, at_once, eventually, infer_path, tensor, texts
+from tests.server.process import Server
+from tests.server.v2 import assert_same, at_once, eventually, infer_path, tensor, texts
 
 Request = tuple[list[dict[str, Any]], dict[str, Any]]
 """Inputs and request parameters."""
@@ -42,26 +39,15 @@ MASKED = [
 ]
 
 
-def assert_same(got: Any, want: Any) -> None:
-    """Equal, numbers within 1e-5."""
-    if isinstance(want, float):
-        assert got == pytest.approx(want, abs=1e-5, rel=1e-5)
-    elif isinstance(want, dict):
-        assert got.keys() == want.keys()
-        for key in want:
-            assert_same(got[key], want[key])
-    elif isinstance(want, list):
-        assert len(got) == len(want)
-        for one, other in zip(got, want, strict=True):
-            assert_same(one, other)
-    else:
-        assert got == want
-
-
 def zero_shot_requests() -> list[Request]:
-    labels = [["good", "bad"], ["ship", "museum", "letter"], ["name", "film", "city", "screen", "river"], ["joy"]]
+    labels = [
+        ["good", "bad"],
+        ["ship", "museum", "letter"],
+        ["name", "film", "city", "screen", "river"],
+        ["joy"],
+    ]
     chosen = zip(SENTENCES, itertools.cycle(labels), strict=False)
-    alone = [([*texts(text), tensor("candidate_labels", names)], {}) for text, names in chosen]
+    alone: list[Request] = [([*texts(text), tensor("candidate_labels", names)], {}) for text, names in chosen]
     return [
         *alone,
         ([*texts(*SENTENCES[:2]), tensor("candidate_labels", labels[1])], {"multi_label": True}),
@@ -76,7 +62,10 @@ def text_requests(inputs: Sequence[str], **choices: Sequence[Any]) -> list[Reque
 
 
 def question_requests() -> list[Request]:
-    asked = [(f"what is {thing}?", text) for thing, text in zip(("it", "there", "my name"), SENTENCES, strict=False)]
+    asked = [
+        (f"what is {thing}?", text)
+        for thing, text in zip(("it", "there", "my name"), SENTENCES, strict=False)
+    ]
     return [
         ([tensor("question", [question]), tensor("context", [context])], parameters)
         for question, context in asked
@@ -89,9 +78,13 @@ MIXTURES: dict[str, list[Request]] = {
         SENTENCES * 2, top_k=[1, 2, 3, None, 2], function_to_apply=["softmax", "sigmoid", "none", "softmax"]
     ),
     "zero-shot": zero_shot_requests(),
-    "mask": text_requests(MASKED * 3, top_k=[1, 7, 5, 2])
-    + [([*texts(MASKED[0]), tensor("targets", ["i", "the"])], {})],
-    "tokens": text_requests(SENTENCES * 2, aggregation_strategy=["none", "simple", "first", "max", "average"]),
+    "mask": [
+        *text_requests(MASKED * 3, top_k=[1, 7, 5, 2]),
+        ([*texts(MASKED[0]), tensor("targets", ["i", "the"])], {}),
+    ],
+    "tokens": text_requests(
+        SENTENCES * 2, aggregation_strategy=["none", "simple", "first", "max", "average"]
+    ),
     "answers": question_requests(),
 }
 """For each model the requests of clients who want different things of it at once."""
@@ -101,7 +94,9 @@ MIXTURES: dict[str, list[Request]] = {
 def test_clients_at_once_get_each_his_own(server: Server, grpc_client: GrpcClient, model: str) -> None:
     requests = MIXTURES[model]
     expected = [server.results(model, inputs, **parameters) for inputs, parameters in requests]
-    assert len({json.dumps(results) for results in expected}) > len(requests) / 2, "answers that tell clients apart"
+    assert len({json.dumps(results) for results in expected}) > len(requests) / 2, (
+        "answers that tell clients apart"
+    )
     order = [*range(len(requests))] * 4
     random.Random(0).shuffle(order)
     before = server.metrics()
@@ -111,7 +106,7 @@ def test_clients_at_once_get_each_his_own(server: Server, grpc_client: GrpcClien
         client = grpc_client if position % 2 and None not in parameters.values() else server
         return client.results(model, inputs, **parameters)
 
-    answers = at_once([lambda position=position: ask(position) for position in range(len(order))], threads=24)
+    answers = at_once([partial(ask, position) for position in range(len(order))], threads=24)
     for answer, number in zip(answers, order, strict=True):
         assert_same(answer, expected[number])
     after = server.metrics()
@@ -131,19 +126,19 @@ def test_zero_shot_texts_and_labels_stay_with_their_client(server: Server) -> No
         assert sorted(result["labels"]) == labels
         assert sum(result["scores"]) == pytest.approx(1, abs=1e-4)
 
-    at_once([lambda number=number: ask(number) for number in range(24)])
+    at_once([partial(ask, number) for number in range(24)])
 
 
 def test_scalars_of_two_clients(server: Server) -> None:
     expected = [server.results("three", texts(text, name="args")) for text in SENTENCES]
-    answers = at_once(
-        [lambda text=text: server.results("three", texts(text, name="args")) for text in SENTENCES * 4]
-    )
+    answers = at_once([partial(server.results, "three", texts(text, name="args")) for text in SENTENCES * 4])
     for answer, want in zip(answers, expected * 4, strict=True):
         assert_same(answer, want)
 
 
-@pytest.mark.parametrize("model", ["three", "tokens", "features", "embeddings", "zero-shot", "mask", "answers"])
+@pytest.mark.parametrize(
+    "model", ["three", "tokens", "features", "embeddings", "zero-shot", "mask", "answers"]
+)
 def test_batch_equals_single(server: Server, model: str) -> None:
     inputs = [*SENTENCES, LONG] if model != "mask" else MASKED
     if model == "answers":
@@ -153,7 +148,7 @@ def test_batch_equals_single(server: Server, model: str) -> None:
         more = [tensor("candidate_labels", ["good", "bad", "odd"])] if model == "zero-shot" else []
         asked, single = [*texts(*inputs), *more], [[*texts(text), *more] for text in inputs]
     together = server.results(model, asked)
-    alone = [server.results(model, one) for one in single]
+    alone: list[Request] = [server.results(model, one) for one in single]
     assert len(together) == len(inputs)
     assert_same(together, alone if model == "mask" else [results[0] for results in alone])
 
@@ -173,11 +168,11 @@ def test_a_bad_parameter_fails_its_client_only(server: Server) -> None:
 
     def ask(number: int) -> Any:
         if number % 4 == 1:
-            bad = {"hypothesis_template": "no place"}
+            bad: dict[str, Any] = {"hypothesis_template": "no place"}
             return server.infer("zero-shot", [*texts(SENTENCES[0]), labels], **bad).status_code
         return server.results("zero-shot", [*texts(SENTENCES[0]), labels])
 
-    for number, answer in enumerate(at_once([lambda number=number: ask(number) for number in range(24)])):
+    for number, answer in enumerate(at_once([partial(ask, number) for number in range(24)])):
         if number % 4 == 1:
             assert answer == 400
         else:
@@ -270,164 +265,3 @@ def test_idle_server_does_not_wait_for_max_batch_time(server: Server) -> None:
 
     without = median_s("sentiment")
     assert median_s("windowed") < max(10 * without, 0.5)
-
-
-# -- what a client may not choose -------------------------------------------------------------------
-
-EVERY_MODEL: dict[str, list[dict[str, Any]]] = {
-    "sentiment": texts(SENTENCES[0]),
-    "zero-shot": [*texts(SENTENCES[0]), tensor("candidate_labels", ["good", "bad"])],
-    "mask": texts(MASKED[0]),
-    "tokens": texts(SENTENCES[0]),
-    "answers": [tensor("question", ["who?"]), tensor("context", [SENTENCES[0]])],
-    "features": texts(SENTENCES[0]),
-    "embeddings": texts(SENTENCES[0]),
-    "ranking": [tensor("query", ["who?"]), tensor("texts", SENTENCES[:2])],
-}
-FORBIDDEN: dict[str, Any] = {
-    "custom_generate": "someone/code",
-    "trust_remote_code": True,
-    "batch_size": 64,
-    "num_workers": 4,
-    "model": "someone/model",
-    "tokenizer": "someone/tokenizer",
-    "device": "cuda:0",
-    "model_kwargs": '{"trust_remote_code": true}',
-    "generate_kwargs": '{"custom_generate": "someone/code"}',
-    "self": "a",
-    "__class__": "a",
-}
-
-
-@pytest.mark.parametrize("model", EVERY_MODEL)
-def test_a_client_cannot_pass_other_keywords(server: Server, grpc_client: GrpcClient, model: str) -> None:
-    for name, value in FORBIDDEN.items():
-        datatype = {bool: "BOOL", int: "INT64"}.get(type(value), "BYTES")
-        raw = tensor(name, [value], datatype, "raw")
-        for response in (
-            server.infer(model, [*EVERY_MODEL[model], raw]),
-            server.client.post(infer_path(model), json={"inputs": EVERY_MODEL[model], "parameters": {name: value}}),
-        ):
-            assert response.status_code == 400, name
-            assert f"unknown input or parameter '{name}'" in response.json()["error"]
-        error = grpc_client.error_of(request(model, [*EVERY_MODEL[model], raw]))
-        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
-
-
-@pytest.mark.parametrize(("model", "name"), [("mask", "tokenizer_kwargs"), ("features", "tokenize_kwargs")])
-def test_keywords_of_the_tokenizer_are_a_list_of_their_own(server: Server, model: str, name: str) -> None:
-    allowed = {"truncation": True, "max_length": 6} if model == "features" else {"truncation": True}
-    assert server.infer(model, EVERY_MODEL[model], **{name: allowed}).status_code == 200
-    for smuggled in ({"trust_remote_code": True}, {"return_tensors": "np"}, {"padding": "max_length", "x": 1}):
-        response = server.infer(model, EVERY_MODEL[model], **{name: smuggled})
-        assert response.status_code == 400, smuggled
-        assert name in response.json()["error"]
-
-
-@pytest.fixture
-def listener() -> Iterator[tuple[str, list[str]]]:
-    """The URL of a web server on this machine, and the paths that were asked of it."""
-    asked: list[str] = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            asked.append(self.path)
-            self.send_error(404)
-
-        do_HEAD = do_GET  # noqa: N815
-
-        def log_message(self, format: str, *args: Any) -> None:
-            """Keep quiet."""
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as web:
-        thread = threading.Thread(target=web.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{web.server_address[1]}", asked
-        web.shutdown()
-        thread.join()
-
-
-def with_texts(inputs: Sequence[Mapping[str, Any]], text: str) -> list[dict[str, Any]]:
-    """The request with every one of its texts replaced."""
-    masked = {tensor["name"]: [MASKED[0] in element for element in tensor["data"]] for tensor in inputs}
-    return [
-        {
-            **tensor,
-            "data": [f"{text} [MASK]" if mask else text for mask in masked[tensor["name"]]],
-        }
-        for tensor in inputs
-    ]
-
-
-def test_urls_and_paths_are_texts(
-    server: Server, tmp_path: Path, listener: tuple[str, list[str]], sentiment_folder: Path
-) -> None:
-    url, asked = listener
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)  # a server that opens it for reading hangs
-    suspicious = [f"{url}/image.png", f"file://{pipe}", str(pipe), str(sentiment_folder), "//127.0.0.1/share", "~", "."]
-    for text in suspicious:
-        for model, inputs in EVERY_MODEL.items():
-            assert server.infer(model, with_texts(inputs, text)).status_code == 200, (model, text)
-        (result,) = server.results("zero-shot", with_texts(EVERY_MODEL["zero-shot"], text))
-        assert result["sequence"] == text
-    assert asked == []
-    with pytest.raises(OSError, match="No such device or address"):
-        os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)  # nobody reads
-
-
-def test_images_are_not_fetched(server: Server, listener: tuple[str, list[str]]) -> None:
-    url, asked = listener
-    for value in (f"data:image/png;base64,{url}", f"data:image/png;base64,{url}/a.png"):
-        response = server.infer("sentiment", [tensor("inputs", [json.dumps({"text": value})], content_type="hg_json")])
-        assert response.status_code == 400
-    assert server.infer("sentiment", [tensor("inputs", [url], content_type="pillow_image")]).status_code == 400
-    assert asked == []
-
-
-# -- pickled weights --------------------------------------------------------------------------------
-
-
-class Malice:
-    """Unpickling it makes a file."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self._path,)
-
-
-@pytest.fixture
-def pickled_folder(tmp_path: Path, sentiment_folder: Path) -> tuple[Path, Path]:
-    """A model whose weights are a pickle, and the file that its unpickling makes."""
-    folder, trace = tmp_path / "pickled", tmp_path / "trace"
-    shutil.copytree(sentiment_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": Malice(trace)}))
-    return folder, trace
-
-
-@pytest.mark.parametrize("model_kwargs", [{}, {"use_safetensors": False}], ids=["by default", "when asked for"])
-def test_a_pickle_is_not_run(server: Server, pickled_folder: tuple[Path, Path], model_kwargs: dict[str, Any]) -> None:
-    folder, trace = pickled_folder
-    model = Model(folder, {"task": "text-classification", "model_kwargs": model_kwargs})
-    with server.having("pickled", model) as response:
-        assert server.infer("pickled", texts("a")).status_code == 404
-    assert 400 <= response.status_code < 500, response.text
-    assert " @ " in response.json()["error"]
-    if not model_kwargs:
-        assert '"use_safetensors": false' in response.json()["error"]
-    assert not trace.exists()
-
-
-def test_pickled_weights_load_when_asked_for(server: Server, tmp_path: Path, sentiment_folder: Path) -> None:
-    import torch
-    from safetensors.torch import load_file
-
-    folder = tmp_path / "pickled"
-    shutil.copytree(sentiment_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    torch.save(load_file(sentiment_folder / "model.safetensors"), folder / "pytorch_model.bin")
-    extra = {"task": "text-classification", "model_kwargs": {"use_safetensors": False}}
-    with server.having("pickled", Model(folder, extra)) as response:
-        assert response.status_code == 200
-        assert_same(server.results("pickled", texts(*SENTENCES)), server.results("sentiment", texts(*SENTENCES)))

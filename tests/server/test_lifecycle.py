@@ -19,21 +19,22 @@ from mlserver.grpc import dataplane_pb2 as pb
 from tests import tiny
 from tests.server.conftest import LABELS_OF_VERSION, LONG
 from tests.server.grpc_client import GrpcClient
-from tests.server.process import Model, Server, at_once, eventually, infer_path, tensor, texts
+from tests.server.process import Model, Server
+from tests.server.v2 import at_once, eventually, infer_path, tensor, texts
 
 TEXTS = ["I loved this film", "This is terrible!", "Two ferries left for Morrow at 6:45."]
 TASK = {"task": "text-classification"}
-BIG = {"hidden_size": 512, "num_hidden_layers": 5, "num_attention_heads": 8, "intermediate_size": 2048}
+BIG: dict[str, Any] = {
+    "hidden_size": 512,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 8,
+    "intermediate_size": 2048,
+}
 """About 16 million parameters: 60 MB."""
 
 
 @pytest.fixture(params=[0, 1, 2], ids=["no workers", "1 worker", "2 workers"])
 def any_server(request: pytest.FixtureRequest, servers: Callable[[int], Server]) -> Server:
-    return servers(request.param)
-
-
-@pytest.fixture(params=[0, 2], ids=["no workers", "2 workers"])
-def some_server(request: pytest.FixtureRequest, servers: Callable[[int], Server]) -> Server:
     return servers(request.param)
 
 
@@ -56,7 +57,9 @@ def test_answers(server: Server, any_server: Server, any_grpc: GrpcClient) -> No
     for answer in at_once([lambda: any_server.results("sentiment", texts(*TEXTS), top_k=2)] * 12):
         for got, want in zip(answer, expected, strict=True):
             assert [entry["label"] for entry in got] == [entry["label"] for entry in want]
-            assert [entry["score"] for entry in got] == pytest.approx([entry["score"] for entry in want], abs=1e-5)
+            assert [entry["score"] for entry in got] == pytest.approx(
+                [entry["score"] for entry in want], abs=1e-5
+            )
     typed = any_server.infer("sentiment", texts(*TEXTS), outputs=["logits"]).json()["outputs"][0]
     assert (typed["name"], typed["datatype"], typed["shape"]) == ("logits", "FP32", [3, 2])
     raw = any_grpc.infer("sentiment", texts(*TEXTS), outputs=["label"], raw=True)
@@ -66,8 +69,13 @@ def test_answers(server: Server, any_server: Server, any_grpc: GrpcClient) -> No
 
 
 def test_metadata(server: Server, any_server: Server) -> None:
-    assert any_server.client.get("/v2/models/sentiment").json() == server.client.get("/v2/models/sentiment").json()
-    assert any_server.client.get("/v2/models/versioned/versions/1").json()["parameters"]["task"] == TASK["task"]
+    assert (
+        any_server.client.get("/v2/models/sentiment").json()
+        == server.client.get("/v2/models/sentiment").json()
+    )
+    assert (
+        any_server.client.get("/v2/models/versioned/versions/1").json()["parameters"]["task"] == TASK["task"]
+    )
 
 
 ERRORS: list[tuple[str, dict[str, Any], int, grpc.StatusCode]] = [
@@ -223,10 +231,10 @@ def test_memory_comes_back(some_server: Server) -> None:
     folder = tiny.folder("bert", "sequence", **BIG)
     size = (folder / "model.safetensors").stat().st_size * max(len(some_server.pids()) - 2, 1)
     assert size > 50e6
-    some_server.write("big", Model(folder, TASK))
+    some_server.write("big", Model(folder, {**TASK, "warmup": False}))
     grown, left = [], []
     before = some_server.rss_bytes()
-    for _ in range(4):
+    for _ in range(3):
         rest_call(some_server, "big", "load")
         some_server.results("big", texts(*TEXTS))
         grown.append(some_server.rss_bytes() - before)
@@ -241,7 +249,7 @@ def test_memory_comes_back(some_server: Server) -> None:
 def test_reload_does_not_keep_the_old_model(server: Server) -> None:
     folder = tiny.folder("bert", "sequence", **BIG)
     size = (folder / "model.safetensors").stat().st_size
-    with server.having("big", Model(folder, TASK)):
+    with server.having("big", Model(folder, {**TASK, "warmup": False})):
         first = server.rss_bytes()
         for _ in range(3):
             rest_call(server, "big", "load")
@@ -304,178 +312,6 @@ def test_health_answers_while_the_device_is_busy(server: Server) -> None:
     )
     assert len(spent) > 10
     assert statistics.quantiles(spent, n=20)[-1] < longest / 4
-
-
-# -- settings -----------------------------------------------------------------------------------------
-
-BAD_SETTINGS: list[tuple[str, dict[str, Any], str]] = [
-    ("unknown", {"tsk": "a"}, "unknown setting 'tsk', did you mean 'task'? @ parameters.extra"),
-    ("unknown and far", {"zzzz": 1}, "unknown setting 'zzzz', expected one of"),
-    ("task", {"task": "text-clasification"}, "did you mean 'text-classification'? @ task"),
-    ("number", {"batch_size": 0}, "@ parameters.extra.batch_size"),
-    ("text for a number", {"max_items": "many"}, "got 'many', expected"),
-    ("choice", {"dtype": "int4"}, "@ parameters.extra.dtype"),
-    ("truncation", {"truncation": "sometimes"}, "@ parameters.extra.truncation"),
-    ("framework", {"framework": "tf"}, "@ parameters.extra.framework"),
-    ("optimum", {"optimum_model": True}, "@ parameters.extra.optimum_model"),
-    ("device", {"device": "tpu:9:9"}, "@ parameters.extra.device"),
-    ("absent device", {"device": "mps"}, "@ parameters.extra.device"),
-    ("length", {"max_length": 100_000}, "expected 1..128"),
-    ("labels", {"labels": ["a", "b", "c"]}, "@ parameters.extra.labels"),
-    ("suffix", {"task_suffix": "_en_to_fr"}, "task_suffix"),
-    ("model", {"pretrained_model": "/nowhere/at/all"}, "@ parameters.extra.pretrained_model"),
-    ("tokenizer", {"pretrained_tokenizer": "/nowhere/at/all"}, "@ parameters.extra.pretrained_tokenizer"),
-]
-
-
-@pytest.mark.parametrize(("extra", "says"), [case[1:] for case in BAD_SETTINGS], ids=[case[0] for case in BAD_SETTINGS])
-def test_bad_settings_refuse_to_load(
-    server: Server, sentiment_folder: Path, extra: dict[str, Any], says: str
-) -> None:
-    position = server.log_position()
-    with server.having("wrong", Model(sentiment_folder, {**TASK, **extra})) as response:
-        assert response.status_code == 422, response.text
-        assert says in response.json()["error"]
-        assert " @ " in response.json()["error"]
-        assert server.infer("wrong", texts("a")).status_code == 404
-        client = GrpcClient(server.grpc_url)
-        with pytest.raises(grpc.RpcError) as raised:
-            client.stub.RepositoryModelLoad(pb.RepositoryModelLoadRequest(model_name="wrong"), timeout=60)
-        client.close()
-        assert raised.value.code() is grpc.StatusCode.FAILED_PRECONDITION
-        assert says in raised.value.details()
-    assert "Traceback" not in server.log_since(position)
-
-
-def test_bad_settings_keep_the_model_that_serves(some_server: Server, sentiment_folder: Path) -> None:
-    good = Model(sentiment_folder, TASK)
-    with some_server.having("kept", good):
-        before = some_server.results("kept", texts(*TEXTS))
-        for extra in ({"dtype": "int4"}, {"pretrained_model": "/nowhere/at/all"}):
-            some_server.write("kept", Model(sentiment_folder, {**TASK, **extra}))
-            response = some_server.repository_call("kept", "load")
-            assert response.status_code == 422
-            assert re.fullmatch(r"(?!mlserver).+ @ parameters\.extra\.\w+", response.json()["error"])
-            assert some_server.results("kept", texts(*TEXTS)) == before
-        some_server.write("kept", good)
-        rest_call(some_server, "kept", "load")
-
-
-def test_bad_settings_end_a_server_that_starts(tmp_path: Path, sentiment_folder: Path) -> None:
-    server = Server(tmp_path, {"wrong": Model(sentiment_folder, {**TASK, "bach_size": 3})})
-    server.start()
-    try:
-        server.wait_until_ended()
-        assert "unknown setting 'bach_size', did you mean 'batch_size'? @ parameters.extra" in server.log
-    finally:
-        server.stop()
-
-
-def test_texts_as_settings(server: Server, sentiment_folder: Path) -> None:
-    """Seldon Core 2 hands all parameters over as texts."""
-    extra = {
-        "task": "sentiment-analysis",
-        "framework": "pt",
-        "optimum_model": "false",
-        "device": "-1",
-        "batch_size": "8",
-        "max_batch_tokens": "512",
-        "truncation": "true",
-        "warmup": "false",
-        "model_kwargs": '{"attn_implementation": "sdpa"}',
-        "labels": '["bad", "good"]',
-        "timeout_ms": "null",
-    }
-    with server.having("texts", Model(sentiment_folder, extra)) as response:
-        assert response.status_code == 200, response.text
-        expected = [{"NEGATIVE": "bad", "POSITIVE": "good"}[result["label"]] for result in server.results("sentiment", texts(*TEXTS))]
-        assert [result["label"] for result in server.results("texts", texts(*TEXTS))] == expected
-        assert len(server.results("texts", texts(LONG * 3))) == 1, "truncated by setting"
-
-
-@pytest.mark.parametrize(
-    "content",
-    [{"0": "bad", "1": "good"}, {"label_list": ["bad", "good"]}, {"label_list": "['bad', 'good']"}],
-    ids=["index to name", "label list", "label list as text"],
-)
-def test_index_to_name(server: Server, tmp_path: Path, sentiment_folder: Path, content: dict[str, Any]) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(sentiment_folder, folder)
-    (folder / "index_to_name.json").write_text(json.dumps(content))
-    with server.having("named", Model(folder, TASK)) as response:
-        assert response.status_code == 200, response.text
-        (all_labels,) = server.results("named", texts(TEXTS[0]), return_all_scores=True, top_k=None)
-        assert [entry["label"] for entry in all_labels] == ["bad", "good"]
-        (typed,) = server.infer("named", texts(TEXTS[0]), outputs=["label"]).json()["outputs"]
-        assert typed["data"][0] in {"bad", "good"}
-
-
-def test_a_broken_index_to_name_refuses_to_load(server: Server, tmp_path: Path, sentiment_folder: Path) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(sentiment_folder, folder)
-    (folder / "index_to_name.json").write_text('{"0": "bad"}')
-    with server.having("named", Model(folder, TASK)) as response:
-        assert response.status_code == 422
-        assert response.json()["error"].endswith("@ index_to_name.json")
-
-
-@pytest.fixture(scope="module")
-def configured(tmp_path_factory: pytest.TempPathFactory, sentiment_folder: Path) -> Iterator[Server]:
-    """A server with one worker whose environment says what its files do not."""
-    environment = {
-        "PREDICTIVE_UNIT_PARAMETERS": json.dumps(
-            [
-                {"name": "max_items", "value": "2", "type": "INT"},
-                {"name": "do_lower_case", "value": "true", "type": "BOOL"},
-            ]
-        ),
-        "MLSERVER_MODEL_HUGGINGFACE_TASK": "text-classification",
-        "MLSERVER_MODEL_HUGGINGFACE_MAX_TEXT_CHARS": "50",
-        "MLSERVER_MODEL_HUGGINGFACE_LABELS": '["bad", "good"]',
-        "MLSERVER_MODEL_HUGGINGFACE_MAX_ITEMS": "9",
-    }
-    name = "mlserver_hftasks.HuggingFaceRuntime"
-    models = {
-        "plain": Model(sentiment_folder, implementation=name),
-        "own": Model(sentiment_folder, {"max_items": 7, "max_text_chars": 60}, implementation=name),
-        "folder": Model(None, implementation=name),
-        "uri": Model(None, implementation=name),
-    }
-    root = tmp_path_factory.mktemp("configured")
-    server = Server(root, models, parallel_workers=1, environment=environment)
-    shutil.copytree(sentiment_folder, server.repository / "folder", dirs_exist_ok=True)
-    for name, uri in (("uri", sentiment_folder), ("relative", "../folder")):
-        path = server.repository / name / "model-settings.json"
-        path.parent.mkdir(exist_ok=True)
-        settings = {"name": name, "implementation": "mlserver_hftasks.HuggingFaceRuntime", "parameters": {"uri": str(uri)}}
-        path.write_text(json.dumps(settings))
-    with server:
-        yield server
-
-
-def test_environment_reaches_the_model(configured: Server) -> None:
-    assert configured.results("plain", texts(TEXTS[0]))[0]["label"] in {"bad", "good"}
-    assert "expected at most 50" in configured.infer("plain", texts("a" * 51)).json()["error"]
-    response = configured.infer("plain", texts("a", "b", "c"))
-    assert (response.status_code, "expected at most 2" in response.text) == (413, True)
-
-
-def test_environment_in_its_order(configured: Server) -> None:
-    """PREDICTIVE_UNIT_PARAMETERS before parameters.extra before MLSERVER_MODEL_HUGGINGFACE_*."""
-    assert "expected at most 60" in configured.infer("own", texts("a" * 61)).json()["error"]
-    assert "expected at most 2" in configured.infer("own", texts("a", "b", "c")).json()["error"]
-
-
-@pytest.mark.parametrize("model", ["folder", "uri", "relative"])
-def test_a_model_by_its_uri(configured: Server, model: str) -> None:
-    """`parameters.uri`, which is the folder of the settings where they do not say."""
-    assert configured.results(model, texts(TEXTS[0])) == configured.results("plain", texts(TEXTS[0]))
-
-
-def test_the_name_of_the_old_runtime_survives_a_reload(configured: Server) -> None:
-    before = configured.results("plain", texts(TEXTS[0]))
-    rest_call(configured, "plain", "load")
-    assert configured.results("plain", texts(TEXTS[0])) == before
 
 
 def test_a_model_of_another_runtime_is_left_alone(server: Server) -> None:

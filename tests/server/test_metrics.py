@@ -12,7 +12,8 @@ import pytest
 from mlserver_hftasks import metrics as documented
 from tests.server.conftest import CROWDED_ROWS, LONG
 from tests.server.grpc_client import GrpcClient
-from tests.server.process import Metrics, Server, at_once, eventually, tensor, texts
+from tests.server.process import Server
+from tests.server.v2 import Metrics, at_once, eventually, tensor, texts
 
 TABLE = re.findall(r"^\| `(\w+)` \| (\w+) \|", documented.__doc__ or "", re.MULTILINE)
 """Names and kinds as the module's docstring lists them."""
@@ -23,33 +24,32 @@ def difference(after: Metrics, before: Metrics, model: str) -> Callable[..., flo
     return lambda name, **labels: after.value(name, model, **labels) - before.value(name, model, **labels)
 
 
-@pytest.fixture(params=[0, 2], ids=["no workers", "2 workers"])
-def any_server(request: pytest.FixtureRequest, servers: Callable[[int], Server]) -> Server:
-    return servers(request.param)
-
-
 def test_the_table_is_read() -> None:
     assert len(TABLE) >= 8
     assert {kind for _, kind in TABLE} == {"gauge", "histogram", "counter"}
 
 
-def test_all_documented_metrics_are_served(any_server: Server) -> None:
-    any_server.results("sentiment", texts("a"))
-    any_server.infer("sentiment", texts("a"), top_k=0)
-    families = any_server.metrics().kinds
+def test_all_documented_metrics_are_served(some_server: Server) -> None:
+    some_server.results("sentiment", texts("a"))
+    some_server.infer("sentiment", texts("a"), top_k=0)
+    families = some_server.metrics().kinds
     for name, kind in TABLE:
         assert families.get(name.removesuffix("_total")) == kind, name
     ours = {name for name in families if name.startswith("hftasks_") and not name.endswith("_created")}
-    assert ours == {name.removesuffix("_total") for name, _ in TABLE}, "nothing is served that is not documented"
+    assert ours == {name.removesuffix("_total") for name, _ in TABLE}, (
+        "nothing is served that is not documented"
+    )
 
 
-def test_batches_are_measured(any_server: Server) -> None:
+def test_batches_are_measured(some_server: Server) -> None:
     inputs = texts("I loved this film", "This is terrible!", "Two ferries left for Morrow at 6:45.")
-    before = any_server.metrics()
+    before = some_server.metrics()
     for _ in range(4):
-        any_server.results("sentiment", inputs)
-    assert eventually(lambda: difference(any_server.metrics(), before, "sentiment")("hftasks_batch_rows_sum") == 12)
-    moved = difference(any_server.metrics(), before, "sentiment")
+        some_server.results("sentiment", inputs)
+    assert eventually(
+        lambda: difference(some_server.metrics(), before, "sentiment")("hftasks_batch_rows_sum") == 12
+    )
+    moved = difference(some_server.metrics(), before, "sentiment")
     batches = moved("hftasks_batch_rows_count")
     assert 4 <= batches < 12, "the texts of a request run together, though BERT's pad token is 0"
     for name in ("batch_tokens", "padding_share", "forward_seconds"):
@@ -59,25 +59,25 @@ def test_batches_are_measured(any_server: Server) -> None:
     assert moved("hftasks_padding_share_sum") == 0, "this model is packed"
     assert moved("hftasks_forward_seconds_sum") > 0
     assert moved("hftasks_queue_wait_seconds_sum") >= 0
-    assert any_server.metrics().value("hftasks_queue_rows", "sentiment") == 0
+    assert some_server.metrics().value("hftasks_queue_rows", "sentiment") == 0
 
 
-def test_histograms_are_cumulative(any_server: Server) -> None:
-    any_server.results("sentiment", texts("a"))
-    scraped = any_server.metrics()
+def test_histograms_are_cumulative(some_server: Server) -> None:
+    some_server.results("sentiment", texts("a"))
+    scraped = some_server.metrics()
     for name in HISTOGRAMS:
         count = scraped.value(f"{name}_count", "sentiment")
         assert count > 0
         assert scraped.value(f"{name}_bucket", "sentiment", le="+Inf") == count
 
 
-def test_errors_count_by_kind(any_server: Server) -> None:
-    before = any_server.metrics()
+def test_errors_count_by_kind(some_server: Server) -> None:
+    before = some_server.metrics()
     for _ in range(3):
-        assert any_server.infer("limited", texts("a"), top_k=0).status_code == 400
-    assert any_server.infer("limited", texts("a" * 301)).status_code == 413
-    assert any_server.infer("limited", texts("a"), timeout_ms=1e-6).status_code == 504
-    moved = difference(any_server.metrics(), before, "limited")
+        assert some_server.infer("limited", texts("a"), top_k=0).status_code == 400
+    assert some_server.infer("limited", texts("a" * 301)).status_code == 413
+    assert some_server.infer("limited", texts("a"), timeout_ms=1e-6).status_code == 504
+    moved = difference(some_server.metrics(), before, "limited")
     assert moved("hftasks_errors_total", kind="InvalidRequest") == 3
     assert moved("hftasks_errors_total", kind="RequestTooLarge") == 1
     assert moved("hftasks_errors_total", kind="DeadlineExceeded") == 1
@@ -85,14 +85,14 @@ def test_errors_count_by_kind(any_server: Server) -> None:
     assert moved("hftasks_refused_total") == 0
 
 
-def test_models_and_versions_are_told_apart(any_server: Server) -> None:
-    before = any_server.metrics()
-    any_server.results("versioned", texts("a"), version="1")
-    any_server.results("versioned", texts("a", "b"), version="2")
-    moved = difference(any_server.metrics(), before, "versioned")
+def test_models_and_versions_are_told_apart(some_server: Server) -> None:
+    before = some_server.metrics()
+    some_server.results("versioned", texts("a"), version="1")
+    some_server.results("versioned", texts("a", "b"), version="2")
+    moved = difference(some_server.metrics(), before, "versioned")
     assert moved("hftasks_batch_rows_sum", model_version="1") == 1
     assert moved("hftasks_batch_rows_sum", model_version="2") == 2
-    assert difference(any_server.metrics(), before, "sentiment")("hftasks_batch_rows_sum") == 0
+    assert difference(some_server.metrics(), before, "sentiment")("hftasks_batch_rows_sum") == 0
 
 
 def test_padding_is_measured_where_there_is_some(server: Server) -> None:
@@ -121,7 +121,9 @@ def test_queue_depth_and_refusals(
     assert moved("hftasks_errors_total", kind="Overloaded") == 5
     assert moved("hftasks_batch_rows_sum") == CROWDED_ROWS, "refused rows never run"
     assert eventually(lambda: server.metrics().value("hftasks_queue_rows", "crowded") == 0)
-    assert moved("hftasks_queue_wait_seconds_sum") > moved("hftasks_forward_seconds_sum"), "rows waited for others"
+    assert moved("hftasks_queue_wait_seconds_sum") > moved("hftasks_forward_seconds_sum"), (
+        "rows waited for others"
+    )
 
 
 def test_refusals_by_a_worker(servers: Callable[[int], Server]) -> None:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import gzip
 import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import tritonclient.http as triton
 
 from tests.server.conftest import LABELS_OF_VERSION
 from tests.server.grpc_client import GrpcClient, unpacked
-from tests.server.process import Server, infer_path, results_of, tensor, texts
+from tests.server.process import Server
+from tests.server.v2 import infer_path, results_of, tensor, texts
 
 LOVED, TERRIBLE = "I loved this film", "This is terrible!"
 ANNA = "Anna Keller opened the shutters of the river museum."
@@ -86,7 +83,10 @@ SHAPES: list[tuple[str, list[dict[str, Any]], dict[str, Any], list[type]]] = [
 @pytest.mark.parametrize(
     ("model", "inputs", "parameters", "kinds"),
     SHAPES,
-    ids=[f"{model}-{inputs[0]['name']}-{len(inputs[0]['data'])}-{parameters}" for model, inputs, parameters, _ in SHAPES],
+    ids=[
+        f"{model}-{inputs[0]['name']}-{len(inputs[0]['data'])}-{parameters}"
+        for model, inputs, parameters, _ in SHAPES
+    ],
 )
 def test_shape_of_result(
     server: Server, model: str, inputs: list[dict[str, Any]], parameters: dict[str, Any], kinds: list[type]
@@ -120,147 +120,6 @@ def test_grpc_takes_raw_contents_and_answers_in_kind(server: Server, grpc_client
     (raw,) = answer.raw_output_contents
     results = [json.loads(element) for element in unpacked("BYTES", raw)]
     assert results == server.results("sentiment", inputs)
-
-
-# -- content types --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "inputs",
-    [
-        [tensor("inputs", [LOVED, TERRIBLE], content_type="str")],
-        [tensor("inputs", [json.dumps(LOVED), json.dumps(TERRIBLE)], content_type="hg_jsonlist")],
-        [tensor("inputs", [[LOVED], [TERRIBLE]], shape=[2, 1])],
-        [tensor("inputs", [LOVED, TERRIBLE], shape=[2, 1])],
-    ],
-    ids=["str", "hg_jsonlist", "nested", "two-dimensional"],
-)
-def test_texts_in_every_content_type(server: Server, inputs: list[dict[str, Any]]) -> None:
-    assert server.results("sentiment", inputs) == server.results("sentiment", texts(LOVED, TERRIBLE))
-
-
-@pytest.mark.parametrize("content_type", ["raw", "hg_json"])
-def test_one_text_by_itself_is_a_scalar(server: Server, content_type: str) -> None:
-    text = json.dumps(LOVED) if content_type == "hg_json" else LOVED
-    inputs = [tensor("inputs", [text], content_type=content_type)]
-    expected = server.results("sentiment", texts(LOVED, name="args"), top_k=2)
-    assert server.results("sentiment", inputs, top_k=2) == expected
-
-
-def test_request_content_type_is_the_default_of_its_tensors(server: Server) -> None:
-    inputs = [tensor("inputs", [json.dumps(LOVED)]), tensor("top_k", [2], "INT64", "raw")]
-    assert server.results("sentiment", inputs, content_type="hg_jsonlist") == server.results(
-        "sentiment", texts(LOVED), top_k=2
-    )
-
-
-def test_request_content_type_of_mlserver_huggingface_is_no_codec_of_tensors(server: Server) -> None:
-    assert server.results("sentiment", texts(LOVED), content_type="hg") == server.results("sentiment", texts(LOVED))
-
-
-def test_pairs(server: Server) -> None:
-    pair = {"text": LOVED, "text_pair": TERRIBLE}
-    (as_json,) = server.results("sentiment", [tensor("inputs", [json.dumps(pair)], content_type="hg_json")])
-    (as_tensors,) = server.results("sentiment", [tensor("text", [LOVED]), tensor("text_pair", [TERRIBLE])])
-    assert as_json == as_tensors
-    assert as_json != server.results("sentiment", texts(LOVED))[0]
-
-
-# -- parameters, on every way they may come ---------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "parameter",
-    [
-        tensor("top_k", [2], "INT64"),
-        tensor("top_k", [2], "INT32"),
-        tensor("top_k", [2.0], "FP32"),
-        tensor("top_k", ["2"]),
-        tensor("top_k", ["2"], content_type="str"),
-        tensor("top_k", [2], "INT64", "raw"),
-        tensor("top_k", [2], "BYTES", "raw"),
-        tensor("top_k", ["2"], content_type="hg_json"),
-    ],
-    ids=["int64", "int32", "fp32", "bytes", "str", "raw-int64", "raw-bytes", "hg_json"],
-)
-def test_parameter_as_tensor(server: Server, parameter: dict[str, Any]) -> None:
-    expected = server.results("three", texts(LOVED), top_k=2)
-    assert [len(result) for result in expected] == [2]
-    assert server.results("three", [*texts(LOVED), parameter]) == expected
-
-
-@pytest.mark.parametrize("raw", [False, True])
-@pytest.mark.parametrize(
-    "parameter",
-    [
-        tensor("top_k", [2], "INT64"),
-        tensor("top_k", [2.0], "FP32"),
-        tensor("top_k", ["2"]),
-        tensor("top_k", ["2"], content_type="raw"),
-        tensor("top_k", ["2"], content_type="hg_json"),
-    ],
-    ids=["int64", "fp32", "bytes", "raw", "hg_json"],
-)
-def test_parameter_as_tensor_over_grpc(
-    server: Server, grpc_client: GrpcClient, parameter: dict[str, Any], raw: bool
-) -> None:
-    answer = grpc_client.infer("three", [*texts(LOVED), parameter], raw=raw)
-    elements = unpacked("BYTES", answer.raw_output_contents[0]) if raw else answer.outputs[0].contents.bytes_contents
-    assert [json.loads(element) for element in elements] == server.results("three", texts(LOVED), top_k=2)
-
-
-@pytest.mark.parametrize("value", [2, "2", 2.0])
-def test_parameter_of_the_request(server: Server, value: Any) -> None:
-    expected = server.results("three", [*texts(LOVED), tensor("top_k", [2], "INT64")])
-    assert server.results("three", texts(LOVED), top_k=value) == expected
-
-
-@pytest.mark.parametrize("value", [2, "2"])
-def test_parameter_of_the_request_over_grpc(server: Server, grpc_client: GrpcClient, value: Any) -> None:
-    assert grpc_client.results("three", texts(LOVED), top_k=value) == server.results("three", texts(LOVED), top_k=2)
-
-
-def test_null_is_a_value(server: Server) -> None:
-    (everything,) = server.results("three", texts(LOVED), top_k=None)
-    assert len(everything) == 3
-
-
-@pytest.mark.parametrize(
-    "parameter",
-    [
-        tensor("multi_label", [True], "BOOL"),
-        tensor("multi_label", [True], "BOOL", "raw"),
-        tensor("multi_label", ["true"], content_type="hg_json"),
-        tensor("multi_label", ["true"]),
-    ],
-    ids=["bool", "raw", "hg_json", "bytes"],
-)
-def test_boolean_parameter(server: Server, parameter: dict[str, Any]) -> None:
-    inputs = labelled("inputs", LOVED)
-    (alone,) = server.results("zero-shot", [*inputs, parameter])
-    assert (alone,) == tuple(server.results("zero-shot", inputs, multi_label=True))
-    (shared,) = server.results("zero-shot", inputs)
-    assert sum(shared["scores"]) == pytest.approx(1, abs=1e-5)
-    assert sum(alone["scores"]) != pytest.approx(1, abs=1e-3)
-
-
-@pytest.mark.parametrize("value", [False, True])
-def test_boolean_parameter_over_grpc(server: Server, grpc_client: GrpcClient, value: bool) -> None:
-    inputs = labelled("inputs", LOVED)
-    expected = server.results("zero-shot", inputs, multi_label=value)
-    assert grpc_client.results("zero-shot", inputs, multi_label=value) == expected
-    assert grpc_client.results("zero-shot", [*inputs, tensor("multi_label", [value], "BOOL")]) == expected
-
-
-def test_list_parameter(server: Server, grpc_client: GrpcClient) -> None:
-    labels = ["good", "bad", "odd"]
-    expected = server.results("zero-shot", [*texts(LOVED), tensor("candidate_labels", labels)])
-    assert set(expected[0]["labels"]) == set(labels)
-    as_json = tensor("candidate_labels", [json.dumps(labels)], content_type="hg_json")
-    assert server.results("zero-shot", [*texts(LOVED), as_json]) == expected
-    assert server.results("zero-shot", texts(LOVED), candidate_labels=labels) == expected
-    assert server.results("zero-shot", texts(LOVED), candidate_labels=json.dumps(labels)) == expected
-    assert grpc_client.results("zero-shot", texts(LOVED), candidate_labels=json.dumps(labels)) == expected
 
 
 # -- typed outputs ----------------------------------------------------------------------------------
@@ -327,11 +186,20 @@ def test_metadata_of_text_classification(server: Server) -> None:
     }
     assert (inputs["top_k"]["datatype"], inputs["top_k"]["parameters"]["default"]) == ("INT64", 1)
     assert (inputs["return_all_scores"]["datatype"], inputs["timeout_ms"]["datatype"]) == ("BOOL", "FP32")
-    assert [entry["name"] for entry in metadata["outputs"]] == ["output", "label", "score", "probabilities", "logits"]
+    assert [entry["name"] for entry in metadata["outputs"]] == [
+        "output",
+        "label",
+        "score",
+        "probabilities",
+        "logits",
+    ]
     assert metadata["platform"] == "transformers"
-    assert {"task": "text-classification", "backend": "torch", "device": "cpu", "max_length": 128}.items() <= metadata[
-        "parameters"
-    ].items()
+    assert {
+        "task": "text-classification",
+        "backend": "torch",
+        "device": "cpu",
+        "max_length": 128,
+    }.items() <= metadata["parameters"].items()
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -365,7 +233,9 @@ def test_metadata_over_grpc(server: Server, grpc_client: GrpcClient) -> None:
     answer = grpc_client.stub.ModelMetadata(pb.ModelMetadataRequest(name="three"), timeout=60)
     metadata = server.client.get("/v2/models/three").json()
     assert [entry.name for entry in answer.inputs] == [entry["name"] for entry in metadata["inputs"]]
-    assert [list(entry.shape) for entry in answer.outputs] == [entry["shape"] for entry in metadata["outputs"]]
+    assert [list(entry.shape) for entry in answer.outputs] == [
+        entry["shape"] for entry in metadata["outputs"]
+    ]
     assert answer.outputs[1].datatype == "BYTES"
 
 
@@ -382,7 +252,9 @@ def test_versions_of_one_model(server: Server, grpc_client: GrpcClient) -> None:
         assert json.loads(answer.outputs[0].contents.bytes_contents[0])["label"] in labels
         metadata = server.client.get(f"/v2/models/versioned/versions/{version}")
         assert metadata.json()["name"] == "versioned"
-    assert server.results("versioned", texts(LOVED))[0]["label"] in LABELS_OF_VERSION["2"], "newest by default"
+    assert server.results("versioned", texts(LOVED))[0]["label"] in LABELS_OF_VERSION["2"], (
+        "newest by default"
+    )
 
 
 def test_unknown_model_and_version(server: Server) -> None:
@@ -441,67 +313,6 @@ def test_stream_of_one_answer(server: Server) -> None:
         assert response.status_code == 200
         (event,) = [line for line in response.iter_lines() if line]
     answer = json.loads(event.removeprefix("data: "))
-    assert [json.loads(element) for element in answer["outputs"][0]["data"]] == server.results("sentiment", texts(LOVED))
-
-
-# -- tritonclient -----------------------------------------------------------------------------------
-
-
-def triton_input(*values: str) -> Any:
-    made = triton.InferInput("inputs", [len(values)], "BYTES")
-    made.set_data_from_numpy(np.array(values, dtype=np.object_), binary_data=False)
-    return made
-
-
-def test_tritonclient_over_http(server: Server) -> None:
-    with triton.InferenceServerClient(f"127.0.0.1:{server.http_port}") as client:
-        assert client.is_server_ready()
-        assert client.is_model_ready("sentiment")
-        # Without outputs it sends the request parameter binary_data_output: true.
-        default = client.infer("sentiment", [triton_input(LOVED)], request_id="seven")
-        names = ["label", "probabilities"]
-        requested = [triton.InferRequestedOutput(name, binary_data=False) for name in names]
-        typed = client.infer("three", [triton_input(LOVED, TERRIBLE)], outputs=requested, parameters={"top_k": 2})
-        sequence = client.infer("sentiment", [triton_input(LOVED)], sequence_id=1, sequence_start=True, priority=1)
-    expected = server.results("sentiment", texts(LOVED))
-    assert [json.loads(element) for element in default.as_numpy("output").ravel()] == expected
-    assert default.get_response()["id"] == "seven"
-    assert [json.loads(element) for element in sequence.as_numpy("output").ravel()] == expected
-    assert typed.as_numpy("label").shape == (2, 2)
-    assert typed.as_numpy("probabilities").dtype == np.float32
-    assert typed.as_numpy("probabilities").sum(axis=1) == pytest.approx([1, 1], abs=1e-5)
-
-
-def test_tritonclient_with_binary_data_is_told_what_to_do(server: Server) -> None:
-    made = triton.InferInput("inputs", [1], "BYTES")
-    made.set_data_from_numpy(np.array([LOVED], dtype=np.object_), binary_data=True)
-    body, header_length = triton.InferenceServerClient.generate_request_body([made])
-    headers = {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": str(header_length)}
-    response = server.client.post(infer_path("sentiment"), content=bytes(body), headers=headers)
-    assert response.status_code == 400
-    assert "expected application/json" in response.json()["error"]
-
-
-def test_tritonclient_over_grpc(server: Server) -> None:
-    script = Path(__file__).with_name("triton_over_grpc.py")
-    run = subprocess.run(
-        [sys.executable, str(script), server.grpc_url, "sentiment"], capture_output=True, text=True, timeout=120
+    assert [json.loads(element) for element in answer["outputs"][0]["data"]] == server.results(
+        "sentiment", texts(LOVED)
     )
-    assert run.returncode == 0, run.stderr[-2000:]
-    got = json.loads(run.stdout)
-    expected = server.results("sentiment", texts(LOVED, TERRIBLE))
-    assert got["ready"] == [True, True, True]
-    assert [json.loads(element) for element in got["default"]] == expected
-    assert [json.loads(element) for element in got["top_k"]] == server.results("sentiment", texts(LOVED, TERRIBLE), top_k=2)
-    assert got["names"] == ["score", "label", "probabilities"]
-    assert got["labels"] == [result["label"] for result in expected]
-    assert np.ravel(got["scores"]) == pytest.approx([result["score"] for result in expected], abs=1e-6)
-    assert got["probabilities"] == [[2, 2], "float32"]
-    assert got["id"] == "seven"
-    assert got["wrong"][0] == "StatusCode.INVALID_ARGUMENT"
-    assert got["wrong"][1].endswith("@ top_k")
-    assert got["fraction"][0] == "StatusCode.INVALID_ARGUMENT", "MLServer would drop it in silence"
-    assert got["protocol"][0] == "OK"
-    metadata = server.client.get("/v2/models/sentiment").json()
-    assert got["inputs"] == [entry["name"] for entry in metadata["inputs"]]
-    assert got["outputs"] == [entry["name"] for entry in metadata["outputs"]]

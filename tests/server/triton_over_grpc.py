@@ -51,7 +51,9 @@ def calls(client: Any, model: str) -> dict[str, Any]:
         "id": client.infer(model, inputs(TEXTS), request_id="seven").get_response().id,
         "wrong": error_of(client, model, parameters={"top_k": 0}),
         "fraction": error_of(client, model, parameters={"top_k": 2.5}),
-        "protocol": error_of(client, model, sequence_id=3, sequence_start=True, priority=1, timeout=9_000_000),
+        "protocol": error_of(
+            client, model, sequence_id=3, sequence_start=True, priority=1, timeout=9_000_000
+        ),
     }
 
 

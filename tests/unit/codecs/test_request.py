@@ -40,6 +40,22 @@ def test_one_element_of_args_is_an_item_by_itself() -> None:
     assert decode(tensor("inputs", "a", content_type="raw")) == Call({"inputs": ["a"]}, {}, True, ())
 
 
+def test_a_json_list_is_a_list_of_items() -> None:
+    assert decode(tensor("inputs", '["a", "b"]', content_type="hg_json")) == Call(
+        {"inputs": ["a", "b"]}, {}, False, ()
+    )
+    assert decode(tensor("inputs", '["a"]', content_type="hg_json")).scalar is False
+    assert decode(tensor("args", '["a"]', content_type="hg_json")).scalar is True
+    assert decode(tensor("inputs", '["a", "b"]', content_type="hg_jsonlist")).inputs == {
+        "inputs": [["a", "b"]]
+    }
+
+
+def test_several_items_are_no_scalar_whatever_stands_beside_them() -> None:
+    two = tensor("inputs", "a", "b")
+    assert decode(two, tensor("question", "c", content_type="raw")).scalar is False
+
+
 @pytest.mark.parametrize(
     "top_k",
     [

@@ -336,6 +336,24 @@ def test_padded_batches_hold_rows_of_like_length() -> None:
     assert sum(batch.cost for batch in device.batches) < 1.15 * tokens.sum()
 
 
+def test_padded_batches_take_the_more_urgent_of_two_rows_of_one_length() -> None:
+    unknowing = Scheduler(Limits(max_batch_tokens=18), CostModel(), padded=True)  # serves in order of arrival
+    jobs = [unknowing.submit(rows(tokens), now=now) for now, tokens in enumerate((6, 5, 5, 5))]
+    batch = unknowing.next_batch(5.0)
+    assert batch is not None
+    assert {ticket.job for ticket in batch.tickets} == set(jobs[:3])
+
+
+@pytest.mark.parametrize("model", [CostModel(), cost_model(0.0)], ids=["unknown", "no overhead"])
+def test_equal_rows_share_a_padded_batch_whatever_the_cost_model_knows(model: CostModel) -> None:
+    made = Scheduler(Limits(), model, padded=True)
+    for _ in range(8):
+        made.submit(rows(10), 0.0)
+    batch = made.next_batch(0.0)
+    assert batch is not None
+    assert len(batch.tickets) == 8
+
+
 def test_a_row_over_the_budget_goes_alone(padded: bool) -> None:
     made = scheduler(padded=padded, max_batch_tokens=50)
     made.submit(rows(80, 10, 10), now=0.0)
@@ -415,12 +433,13 @@ def test_an_idle_engine_admits_whatever_the_target(padded: bool) -> None:
 
 
 def test_predicted_latency_over_the_target_is_refused() -> None:
-    made = scheduler(latency_target_s=0.5, max_batch_tokens=100)
+    made = scheduler(latency_target_s=0.42, max_batch_tokens=100)
     seconds = OVERHEAD_S + 0.1
     made.submit(rows(*[100] * 3), 0.0)
     assert made.next_batch(0.0) is not None
-    # 0.102 s run and 0.204 s wait, ahead of any job that is as long; this one is admitted and makes it 0.408.
+    # One batch runs and two wait, ahead of a job that is as long. A job of one batch goes before them.
     assert made.predicted_wait_s(300, 0.0) == pytest.approx(3 * seconds)
+    assert made.predicted_wait_s(100, 0.0) == pytest.approx(seconds)
     made.submit(rows(100), 0.0)
     assert made.predicted_wait_s(300, 0.0) == pytest.approx(4 * seconds)
     before = state(made)
@@ -428,9 +447,10 @@ def test_predicted_latency_over_the_target_is_refused() -> None:
         made.submit(rows(*[100] * 3), 0.0)
     assert refusal.value.retry_after_s == pytest.approx(4 * seconds)
     assert state(made) == before
-    # A short job runs before the others, so it is welcome still, and so is the long one a batch later.
-    made.submit(rows(10), 0.0)
-    made.check_admission(3, 300, 0.15)
+    made.check_admission(1, 30, 0.0)
+    # What has run no longer counts.
+    assert made.next_batch(1.0) is not None
+    made.check_admission(3, 300, 1.0)
 
 
 def test_refusals_keep_the_target_for_those_admitted() -> None:
