@@ -158,6 +158,9 @@ def _load(settings: Settings, cost: CostModel) -> Served:
         if settings.warmup:
             rows_of = functools.partial(probe_rows, served.task.model.encoder)
             warm_up(served.backend, served.backend.padded, cost, rows_of)
+        # Looking through all objects of torch and transformers would stop the event loop for half a second.
+        gc.collect()
+        gc.freeze()
     return served
 
 
@@ -175,6 +178,8 @@ def _set_threads(settings: Settings) -> None:
 
 
 def _give_memory_back() -> None:
+    gc.unfreeze()
     gc.collect()
+    gc.freeze()
     with suppress(OSError, AttributeError):  # only glibc keeps freed memory, and can be told not to
         ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -193,8 +193,11 @@ async def _read_body(request: Request, limit: int) -> bytes:
 
 
 def _check_content_type(request: Request) -> None:
+    header = request.headers.get("Content-Type", "application/json")
+    if header == "application/json":
+        return
     message = Message()
-    message["Content-Type"] = request.headers.get("Content-Type", "application/json")
+    message["Content-Type"] = header
     content_type = message.get_content_type()
     if not re.fullmatch(r"application/(json|[^/]+\+json)", content_type):
         raise BadBody(f"got the content type {content_type!r:.80}, expected application/json @ body")

@@ -109,6 +109,14 @@ def test_truncation_of_pairs(
     assert_same(results(served, {"inputs": pairs}, **options), want)
 
 
+@pytest.mark.parametrize("padding", [True, "max_length", "longest", False])
+def test_padding_changes_nothing(bert: Served, padding: bool | str) -> None:
+    options = {"truncation": True, "max_length": 40}
+    assert results(bert, {"inputs": [*TEXTS, LONG]}, padding=padding, **options) == results(
+        bert, {"inputs": [*TEXTS, LONG]}, **options
+    )
+
+
 def test_max_length_alone_cuts(bert: Served) -> None:
     assert results(bert, {"inputs": [LONG]}, max_length=9) == results(
         bert, {"inputs": [LONG]}, max_length=9, truncation=True
@@ -228,7 +236,8 @@ def test_typed_outputs(served: Served) -> None:
         ({"inputs": ["a"]}, {"max_length": 129}, r"got 129, expected 1\.\.128 @ max_length$"),
         ({"inputs": ["a"]}, {"truncation": "sideways"}, "@ truncation"),
         ({"inputs": ["a"]}, {"timeout_ms": -1}, "greater than 0 @ timeout_ms$"),
-        ({"inputs": ["a"]}, {"padding": True}, "unknown input or parameter 'padding'"),
+        ({"inputs": ["a"]}, {"padding": "sideways"}, "@ padding"),
+        ({"inputs": ["a"]}, {"add_special_tokens": True}, "unknown input or parameter 'add_special_tokens'"),
         ({"inputs": ["a"]}, {"topk": 2}, "unknown input or parameter 'topk', did you mean 'top_k'"),
     ],
 )
