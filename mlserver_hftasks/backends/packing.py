@@ -81,6 +81,8 @@ class Backbone:
         """The backbone's outputs for a padded batch [n, longest] with its `attention_mask`."""
         if self.layout in (Layout.PADDED, Layout.SINGLE):
             return self._selected(self._forward(input_ids, **kwargs))
+        if len(input_ids) == 1:
+            return self._selected(self._forward(input_ids, **{**kwargs, **self._alone(input_ids)}))
         mask = kwargs.pop("attention_mask").bool()
         packed = {
             name: value[mask][None] if isinstance(value, torch.Tensor) else value
@@ -121,6 +123,14 @@ class Backbone:
         counted = input_ids != first
         positions: torch.Tensor = counted.cumsum(1) * counted + first
         return positions
+
+    def _alone(self, input_ids: torch.Tensor) -> dict[str, Any]:
+        """What tells the backbone that the batch is one row, which nothing pads."""
+        if self.layout is Layout.BLOCK:
+            return {"attention_mask": None}
+        length = input_ids.shape[1]
+        cumulative = torch.tensor([0, length], dtype=torch.int32, device=input_ids.device)
+        return {"attention_mask": None, "sequences": Sequences((length,), cumulative)}
 
     def _boundaries(self, mask: torch.Tensor) -> dict[str, Any]:
         if self.layout is Layout.BLOCK:

@@ -20,13 +20,18 @@ import numpy as np
 
 from mlserver_hftasks.engine.cost import CostModel
 from mlserver_hftasks.engine.rows import Batch, Job, Row, Ticket
-from mlserver_hftasks.errors import Overloaded
+from mlserver_hftasks.errors import Overloaded, RequestTooLarge
 
 MIN_BUDGET_TOKENS = 128
 """No learned budget goes below this: a lone text of usual length always fits."""
 PATIENCE = 4.0
 """A job is due after this many times the seconds that it takes alone. With less, a bulk job would be due,
 and hold up everybody, before it is done even on a device that it has almost for itself."""
+LEAST_BUDGET_TOKENS = 16
+"""The same where a latency target asks for small batches."""
+ADMISSION_SHARE = 0.8
+"""Share of the latency target that the predicted latency may take: predictions have errors, and decoding
+and encoding take time too."""
 MAX_MISFITS = 8
 """How many jobs whose next row does not fit are passed over before a packed batch is closed."""
 POOL_FACTOR = 4
@@ -97,6 +102,10 @@ class Scheduler:
             ("rows", self.queued_rows, rows, self.limits.max_queue_rows),
             ("tokens", self.queued_tokens, tokens, self.limits.max_queue_tokens),
         ):
+            if new > limit:
+                raise RequestTooLarge(
+                    f"the request brings {new} {what}, expected at most {limit} @ max_queue_{what}"
+                )
             if queued + new > limit:
                 raise Overloaded(
                     f"the queue is full: {queued} {what} wait and the request brings {new}, "
@@ -106,13 +115,13 @@ class Scheduler:
         target = self.limits.latency_target_s
         if target is None or not self.cost.knows:
             return
-        wait = self.predicted_wait_s(tokens, now)
-        own = self.cost.seconds(min(tokens, self.budget_tokens))
-        if wait > 0 and wait + own > target:
+        waits, latency = self.predicted_latency_s(tokens, now)
+        if waits and latency > ADMISSION_SHARE * target:
             raise Overloaded(
-                f"the predicted latency is {1e3 * (wait + own):.0f} ms, "
-                f"expected at most {1e3 * target:.0f} ms @ latency_target_ms",
-                retry_after_s=wait,
+                f"the predicted latency is {1e3 * latency:.0f} ms, expected at most "
+                f"{1e3 * ADMISSION_SHARE * target:.0f} ms, which leaves some of the target to everything "
+                "else @ latency_target_ms",
+                retry_after_s=latency,
             )
 
     def cancel(self, job: Job) -> None:
@@ -228,27 +237,34 @@ class Scheduler:
     def budget_tokens(self) -> int:
         """Cost up to which a batch is filled now.
 
-        The knee of the learned throughput curve; with a latency target at most half of it, since a
-        request that just missed a batch waits for that one and then runs in its own.
+        The knee of the learned throughput curve. With a latency target no more than lets two batches fit
+        into what admission allows: a request that just missed a batch waits for it, then runs in its own.
         """
-        budget = min(self.cost.knee_tokens, self.limits.max_batch_tokens)
+        budget = max(min(self.cost.knee_tokens, self.limits.max_batch_tokens), MIN_BUDGET_TOKENS)
         target = self.limits.latency_target_s
         if target is not None and self.cost.per_token_s > 0:
-            budget = min(budget, (target / 2 - self.cost.overhead_s) / self.cost.per_token_s)
-        return int(min(max(budget, MIN_BUDGET_TOKENS), self.limits.max_batch_tokens))
+            batch_s = ADMISSION_SHARE * target / 2
+            budget = min(budget, (batch_s - self.cost.overhead_s) / self.cost.per_token_s)
+        return int(min(max(budget, LEAST_BUDGET_TOKENS), self.limits.max_batch_tokens))
 
     def seconds_of(self, tokens: int) -> float:
         """Predicted seconds to run that many tokens in batches of the budget."""
         return tokens * self.cost.seconds(self.budget_tokens) / self.budget_tokens
 
-    def predicted_wait_s(self, tokens: int, now: float) -> float:
-        """Predicted seconds until a job of that many tokens would start, were it submitted now."""
+    def predicted_latency_s(self, tokens: int, now: float) -> tuple[bool, float]:
+        """Whether a job of that many tokens would have to wait, and the seconds until its first answers.
+
+        A row has its answer when its whole batch has, so the jobs ahead count in batches.
+        """
         running = max(self._busy_until - now, 0.0)
         due = self._due(tokens, now)
         ahead = sum(
             job.remaining_tokens for queue in self._queues.values() for date, _, job in queue if date <= due
         )
-        return running + self.seconds_of(ahead)
+        budget = self.budget_tokens
+        batches, rest = divmod(ahead, budget)
+        batches += 1 if rest + min(tokens, budget) <= budget else 2
+        return running + ahead > 0, running + batches * self.cost.seconds(budget)
 
     # -- the queue -------------------------------------------------------------------------------
 
@@ -257,7 +273,10 @@ class Scheduler:
         return (job for queue in self._queues.values() for _, _, job in queue if job.pending)
 
     def _due(self, tokens: int, now: float) -> float:
-        return now + PATIENCE * self.seconds_of(tokens)
+        alone, target = self.seconds_of(tokens), self.limits.latency_target_s
+        if target is not None and alone <= target / 2:
+            return now  # what was admitted within the target must not be overtaken by what comes later
+        return now + PATIENCE * alone
 
     def _put_back(self, queue: _Queue, entries: Sequence[_Entry]) -> None:
         for entry in entries:

@@ -333,7 +333,7 @@ MESSAGES: list[tuple[str, Callable[[Any], None], str]] = [
     ("datatype", set_datatype, "got the datatype 'STRING'"),
     ("contents of another type", two_contents, "got int 4, expected a text @ inputs[0]"),
     ("not UTF-8", not_utf8, "bytes that are not UTF-8"),
-    ("no contents", no_contents, "0 elements, expected 1"),
+    ("no contents", no_contents, "@ inputs"),
     ("parameter of no kind", empty_parameter, "@ top_k"),
     ("content type a number", content_type_a_number, "a message that cannot be read"),
     ("raw cut off", raw_of(b"\x05\x00"), "a message that cannot be read"),

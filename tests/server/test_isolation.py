@@ -148,7 +148,7 @@ def test_batch_equals_single(server: Server, model: str) -> None:
         more = [tensor("candidate_labels", ["good", "bad", "odd"])] if model == "zero-shot" else []
         asked, single = [*texts(*inputs), *more], [[*texts(text), *more] for text in inputs]
     together = server.results(model, asked)
-    alone: list[Request] = [server.results(model, one) for one in single]
+    alone = [server.results(model, one) for one in single]
     assert len(together) == len(inputs)
     assert_same(together, alone if model == "mask" else [results[0] for results in alone])
 

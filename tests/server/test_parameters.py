@@ -28,8 +28,10 @@ def labelled(name: str, *values: str) -> list[dict[str, Any]]:
         [tensor("inputs", [json.dumps(LOVED), json.dumps(TERRIBLE)], content_type="hg_jsonlist")],
         [tensor("inputs", [[LOVED], [TERRIBLE]], shape=[2, 1])],
         [tensor("inputs", [LOVED, TERRIBLE], shape=[2, 1])],
+        [tensor("inputs", [LOVED, TERRIBLE], shape=[1])],
+        [tensor("inputs", [json.dumps([LOVED, TERRIBLE])], content_type="hg_json")],
     ],
-    ids=["str", "hg_jsonlist", "nested", "two-dimensional"],
+    ids=["str", "hg_jsonlist", "nested", "two-dimensional", "shape of one", "hg_json"],
 )
 def test_texts_in_every_content_type(server: Server, inputs: list[dict[str, Any]]) -> None:
     assert server.results("sentiment", inputs) == server.results("sentiment", texts(LOVED, TERRIBLE))
