@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 TORCH  := torch>=2.13,<2.14
 
-.PHONY: install demo test lint format typecheck docs bench bench-quick clean
+.PHONY: install demo test lint format typecheck docs compat bench bench-quick clean
 
 install: $(STAMP)
 
@@ -37,6 +37,9 @@ typecheck: install
 
 docs: install
 	$(BIN)/python -m docs.generate
+
+compat: install
+	$(BIN)/python -m tests.compat $(ARGS)
 
 bench: install
 	$(BIN)/python -m benchmarks

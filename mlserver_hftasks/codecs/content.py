@@ -82,12 +82,13 @@ def _datatype(tensor: RequestInput) -> str:
 def _elements(tensor: RequestInput) -> list[Any]:
     """The tensor's data, flat. Raises `InvalidRequest` if it is not as many as the shape says.
 
-    BYTES of the shape [1] may be more: so the documentation of mlserver_huggingface sends a batch.
+    BYTES of the shape [1] may be more: so the documentation of mlserver_huggingface sends a batch. A size
+    of -1, as metadata has it, says nothing.
     """
     elements = _flat(getattr(tensor.data, "root", tensor.data))
     expected = prod(tensor.shape)
     may_be_more = list(tensor.shape) == [1] and _datatype(tensor) == "BYTES"
-    if len(elements) != expected and not (may_be_more and elements):
+    if len(elements) != expected and -1 not in tensor.shape and not (may_be_more and elements):
         raise InvalidRequest(
             f"{len(elements)} elements, expected {expected} as the shape {list(tensor.shape)} says "
             f"@ {tensor.name}"

@@ -88,7 +88,7 @@ def _check_tensor(tensor: Any, where: str) -> None:
 
 
 def _check_layout(shape: Any, datatype: Any, where: str) -> None:
-    if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+    if not isinstance(shape, list) or not all(type(size) is int and size >= -1 for size in shape):
         raise InvalidRequest(f"got the shape {shape!r:.60}, expected a list of sizes @ {where}.shape")
     got = str(getattr(datatype, "value", datatype))
     if got not in DATATYPES:

@@ -53,8 +53,8 @@ CASES = [
     Case("shape of too many sizes", [tensor("inputs", ["a", "b"], shape=[2, 2])], "2 elements, expected 4"),
     Case(
         "shape below zero",
-        [tensor("inputs", ["a"], shape=[-1])],
-        "got the shape [-1], expected a list of sizes",
+        [tensor("inputs", ["a"], shape=[-2])],
+        "got the shape [-2], expected a list of sizes",
     ),
     Case("shape beyond memory", [tensor("inputs", ["a"], shape=[2**60])], "1 elements, expected"),
     Case("numbers as texts", [tensor("inputs", [1, 2], "INT64")], "got int 1, expected a text @ inputs[0]"),

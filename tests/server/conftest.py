@@ -65,7 +65,11 @@ def servers(
         @functools.cache
         def with_workers(count: int) -> Server:
             root = tmp_path_factory.mktemp(f"server-{count}")
-            models = all_models(sentiment_folder, slow_folder) if count == 0 else few_models(sentiment_folder)
+            models = (
+                all_models(sentiment_folder, slow_folder)
+                if count == 0
+                else few_models(sentiment_folder, slow_folder)
+            )
             return stack.enter_context(Server(root, models, parallel_workers=count))
 
         yield with_workers
@@ -112,11 +116,12 @@ def fill_queue(server: Server) -> Iterator[Callable[[str], threading.Thread]]:
     assert [len(results_of(response)) for response in answers] == [CROWDED_ROWS] * len(threads)
 
 
-def few_models(sentiment: Path) -> dict[str, Model]:
+def few_models(sentiment: Path, slow: Path) -> dict[str, Model]:
     task = {"task": "text-classification"}
     return {
         "sentiment": Model(sentiment, task),
         "limited": Model(sentiment, {**task, **LIMITS}),
+        "crowded": Model(slow, {**task, "max_queue_rows": CROWDED_ROWS}),
         "narrow": Model(sentiment, {**task, "max_queue_rows": 3}),
         "windowed": Model(sentiment, task, top={"max_batch_size": 32, "max_batch_time": 1.0}),
         "versioned-1": Model(
@@ -131,11 +136,10 @@ def few_models(sentiment: Path) -> dict[str, Model]:
 def all_models(sentiment: Path, slow: Path) -> dict[str, Model]:
     task = {"task": "text-classification"}
     return {
-        **few_models(sentiment),
+        **few_models(sentiment, slow),
         "three": Model(tiny.folder("bert", "sequence", ("one", "two", "three"), **MEDIUM), task),
         "padded": Model(sentiment, {**task, "packing": "off"}),
         "slow": Model(slow, task),
-        "crowded": Model(slow, {**task, "max_queue_rows": CROWDED_ROWS}),
         "bulk": Model(slow, {**task, "warmup": False}),
         "hurried": Model(slow, {**task, "timeout_ms": 100, "warmup": False}),
         "zero-shot": Model(

@@ -9,6 +9,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 from mlserver.grpc import dataplane_pb2 as pb
 
 from tests import tiny
-from tests.server.conftest import LABELS_OF_VERSION, LONG
+from tests.server.conftest import CROWDED_ROWS, LABELS_OF_VERSION, LONG
 from tests.server.grpc_client import GrpcClient
 from tests.server.process import Model, Server
 from tests.server.v2 import at_once, eventually, infer_path, tensor, texts
@@ -83,7 +84,7 @@ ERRORS: list[tuple[str, dict[str, Any], int, grpc.StatusCode]] = [
     ("sentiment", {"inputs": []}, 400, grpc.StatusCode.INVALID_ARGUMENT),
     ("sentiment", {"inputs": texts("a"), "outputs": ["labels"]}, 400, grpc.StatusCode.INVALID_ARGUMENT),
     ("limited", {"inputs": texts(*"abcde")}, 413, grpc.StatusCode.INVALID_ARGUMENT),
-    ("narrow", {"inputs": texts(*"abcd")}, 429, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    ("narrow", {"inputs": texts(*"abcd")}, 413, grpc.StatusCode.INVALID_ARGUMENT),
     ("sentiment", {"inputs": texts(*[LONG] * 500), "timeout_ms": 1}, 504, grpc.StatusCode.DEADLINE_EXCEEDED),
 ]
 
@@ -96,7 +97,6 @@ def test_errors(server: Server, any_server: Server, any_grpc: GrpcClient) -> Non
         message = response.json()["error"]
         assert re.fullmatch(r"(?!mlserver).+ @ [^@]+", message)
         assert message == server.infer(model, **options).json()["error"], "workers change nothing of it"
-        assert ("Retry-After" in response.headers) == (status == 429)
         error = any_grpc.error(model, **options)
         assert (error.code(), error.details()) == (code, message)
     body = json.dumps({"inputs": texts("a" * 20_000)})
@@ -104,6 +104,33 @@ def test_errors(server: Server, any_server: Server, any_grpc: GrpcClient) -> Non
     assert any_server.client.post(infer_path("limited"), content=b"{").status_code == 400
     assert any_server.infer("nobody", texts("a")).status_code == 404
     assert any_server.log_since(position) == ""
+
+
+def test_overload(any_server: Server, any_grpc: GrpcClient) -> None:
+    """More requests than all queues hold, where one fills the queue of a process."""
+    inputs = texts(*[LONG] * CROWDED_ROWS)
+    before = any_server.metrics().value("hftasks_refused_total", "crowded")
+
+    def ask(number: int) -> int:
+        if number % 2:
+            try:
+                any_grpc.infer("crowded", inputs)
+            except grpc.RpcError as error:
+                assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+                assert re.fullmatch(
+                    r"the queue is full: .+ @ max_queue_rows; retry after \d+ s", error.details()
+                )
+                return 429
+            return 200
+        response = any_server.infer("crowded", inputs)
+        assert ("Retry-After" in response.headers) == (response.status_code == 429)
+        return response.status_code
+
+    statuses = at_once([partial(ask, number) for number in range(8)])
+    assert set(statuses) == {200, 429}
+    refused = any_server.metrics().value("hftasks_refused_total", "crowded") - before
+    assert refused == statuses.count(429)
+    assert any_server.infer("crowded", texts("a")).status_code == 200
 
 
 def test_requests_leave_no_trace_in_the_log(any_server: Server, any_grpc: GrpcClient) -> None:

@@ -126,15 +126,6 @@ def test_queue_depth_and_refusals(
     )
 
 
-def test_refusals_by_a_worker(servers: Callable[[int], Server]) -> None:
-    server = servers(2)
-    before = server.metrics()
-    response = server.infer("narrow", texts("a", "b", "c", "d"))
-    assert response.status_code == 429
-    assert int(response.headers["Retry-After"]) >= 1
-    assert difference(server.metrics(), before, "narrow")("hftasks_refused_total") == 1
-
-
 def test_forward_time_is_that_of_the_model(server: Server) -> None:
     before = server.metrics()
     server.results("slow", [tensor("inputs", [LONG] * 30)])

@@ -93,6 +93,10 @@ def test_texts_of_the_shape_one_may_be_many() -> None:
     assert decode_tensor(tensor(["a"] * 512, shape=[1])).value == ["a"] * 512
 
 
+def test_a_size_of_minus_one_says_nothing() -> None:
+    assert decode_tensor(tensor(["a", "b"], shape=[-1])).value == ["a", "b"]
+
+
 def test_numbers_without_a_content_type() -> None:
     assert decode_tensor(tensor([1, 2], datatype="INT64")) == Decoded([1, 2], True)
 

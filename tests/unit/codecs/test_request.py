@@ -136,7 +136,7 @@ GOOD = {"name": "x", "shape": [1], "datatype": "BYTES", "data": ["a"]}
         ({"inputs": [3]}, "@ inputs[0]"),
         ({"inputs": [GOOD, {**GOOD, "name": 3}]}, "@ inputs[1]"),
         ({"inputs": [{**GOOD, "shape": "1"}]}, "@ inputs[0].shape"),
-        ({"inputs": [{**GOOD, "shape": [-1]}]}, "@ inputs[0].shape"),
+        ({"inputs": [{**GOOD, "shape": [-2]}]}, "@ inputs[0].shape"),
         ({"inputs": [{**GOOD, "shape": [True]}]}, "@ inputs[0].shape"),
         ({"inputs": [{**GOOD, "datatype": "TEXT"}]}, "@ inputs[0].datatype"),
         ({"inputs": [{**GOOD, "datatype": ["BYTES"]}]}, "@ inputs[0].datatype"),

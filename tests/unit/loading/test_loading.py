@@ -182,5 +182,5 @@ def test_what_is_refused_names_the_key(settings: Any, message: str, monkeypatch:
 def test_a_bad_label_file_is_named(tmp_path: Path) -> None:
     folder = copied(tmp_path, "bert", "sequence")
     (folder / "index_to_name.json").write_text("[1")
-    with pytest.raises(InvalidSettings, match="@ index_to_name.json"):
+    with pytest.raises(InvalidSettings, match=r"@ index_to_name\.json"):
         served_from(folder)
