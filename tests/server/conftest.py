@@ -121,7 +121,7 @@ def few_models(sentiment: Path, slow: Path) -> dict[str, Model]:
     return {
         "sentiment": Model(sentiment, task),
         "limited": Model(sentiment, {**task, **LIMITS}),
-        "crowded": Model(slow, {**task, "max_queue_rows": CROWDED_ROWS}),
+        "crowded": Model(slow, {**task, "batch_size": 16, "max_queue_rows": CROWDED_ROWS}),
         "narrow": Model(sentiment, {**task, "max_queue_rows": 3}),
         "windowed": Model(sentiment, task, top={"max_batch_size": 32, "max_batch_time": 1.0}),
         "versioned-1": Model(
@@ -139,7 +139,7 @@ def all_models(sentiment: Path, slow: Path) -> dict[str, Model]:
         **few_models(sentiment, slow),
         "three": Model(tiny.folder("bert", "sequence", ("one", "two", "three"), **MEDIUM), task),
         "padded": Model(sentiment, {**task, "packing": "off"}),
-        "slow": Model(slow, task),
+        "slow": Model(slow, {**task, "batch_size": 16}),
         "bulk": Model(slow, {**task, "warmup": False}),
         "hurried": Model(slow, {**task, "timeout_ms": 100, "warmup": False}),
         "zero-shot": Model(

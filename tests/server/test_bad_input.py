@@ -221,6 +221,11 @@ def test_overload_is_refused_at_once(
 def test_a_request_that_times_out_leaves_the_queue(
     server: Server, grpc_client: GrpcClient, fill_queue: Callable[[str], threading.Thread]
 ) -> None:
+
+    def rows_run() -> float:
+        return server.metrics().value("hftasks_batch_rows_sum", "slow")
+
+    before = rows_run()
     filled = fill_queue("slow")
     inputs = texts(*[LONG] * 20)
     response = server.infer("slow", inputs, timeout_ms=1)
@@ -229,6 +234,7 @@ def test_a_request_that_times_out_leaves_the_queue(
     assert filled.is_alive(), "answered while the others still wait"
     filled.join()
     assert eventually(lambda: server.metrics().value("hftasks_queue_rows", "slow") == 0)
+    assert rows_run() - before < CROWDED_ROWS + 40, "what nobody waits for is not run"
     assert server.infer("slow", GOOD).status_code == 200
 
 
