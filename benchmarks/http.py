@@ -37,11 +37,16 @@ class Connection(asyncio.Protocol):
 
     async def exchange(self, request: bytes) -> Response:
         """Send a request and read its answer. Raises `AnswerError` if the connection breaks."""
-        if self._transport is None or self._transport.is_closing():
+        if self._transport is None or self.closed:
             raise AnswerError("the connection is closed")
         self._waiter = asyncio.get_running_loop().create_future()
         self._transport.write(request)
         return await self._waiter
+
+    @property
+    def closed(self) -> bool:
+        """Whether either side hung up."""
+        return self._transport is None or self._transport.is_closing()
 
     def close(self) -> None:
         """Hang up."""

@@ -20,9 +20,9 @@ from mlserver_hftasks.tasks.base import Answered, Example
 class InProcess:
     """A text-classification model of ours."""
 
-    def __init__(self, folder: Path, packing: Literal["auto", "off"] = "auto") -> None:
+    def __init__(self, folder: Path, packing: Literal["auto", "off"] = "auto", **extra: Any) -> None:
         settings = Settings(
-            task="text-classification", pretrained_model=str(folder), device="cpu", packing=packing
+            task="text-classification", pretrained_model=str(folder), device="cpu", packing=packing, **extra
         )
         served = load(settings)
         self._task, self._backend = served.task, served.backend

@@ -7,7 +7,7 @@ import gc
 import itertools
 import logging
 import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -15,7 +15,8 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import uvloop
 
-from benchmarks.http import AnswerError, Connection, connect
+from benchmarks import http
+from benchmarks.http import AnswerError, Response
 
 T = TypeVar("T")
 
@@ -36,6 +37,25 @@ class Target(Protocol):
 
     def is_answer(self, index: int, body: bytes) -> bool:
         """Whether the body of a 200 answers request number `index` and no other."""
+
+
+class Connection(Protocol):
+    """What a client talks through; `benchmarks.http` and `benchmarks.grpc` have one each."""
+
+    surplus_bytes: int
+
+    @property
+    def closed(self) -> bool:
+        """Whether it can be used no more."""
+
+    async def exchange(self, request: bytes) -> Response:
+        """Send a request and read its answer. Raises `AnswerError` if the connection breaks."""
+
+    def close(self) -> None:
+        """Hang up."""
+
+
+Connect = Callable[[str, int], Awaitable[Connection]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +149,9 @@ def run(main: Coroutine[Any, Any, T]) -> T:
         gc.enable()
 
 
-async def closed_loop(target: Target, clients: int, counted: int, *, limit_s: float) -> Load:
+async def closed_loop(
+    target: Target, clients: int, counted: int, *, limit_s: float, connect: Connect = http.connect
+) -> Load:
     """`clients` that send their next request when they have their answer, until `counted` came in the window.
 
     The window begins when each client has had one answer on average, and all of them are busy in it.
@@ -137,7 +159,7 @@ async def closed_loop(target: Target, clients: int, counted: int, *, limit_s: fl
     """
     load = Load(target, window=slice(clients, clients + counted))
     indices = itertools.count()
-    connections = [await connect(target.host, target.port) for _ in range(clients)]
+    connections: list[Connection] = [await connect(target.host, target.port) for _ in range(clients)]
 
     async def client(connection: Connection) -> None:
         while len(load.answers) < clients + counted:
@@ -161,17 +183,19 @@ async def open_loop(
     `open_first` connections are opened before it begins, further ones as they are needed.
     """
     load = Load(target)
-    connections = [await connect(target.host, target.port) for _ in range(open_first)]
+    connections = [await http.connect(target.host, target.port) for _ in range(open_first)]
     idle = list(connections)
     room = asyncio.Semaphore(MAX_CONNECTIONS)
     running: set[asyncio.Task[None]] = set()
 
     async def one(index: int, due: float) -> None:
         async with room:
+            while idle and idle[-1].closed:  # a server may end a connection that was idle for long
+                idle.pop()
             if idle:
                 connection = idle.pop()
             else:
-                connection = await connect(target.host, target.port)
+                connection = await http.connect(target.host, target.port)
                 connections.append(connection)
             if await _exchange(load, connection, index, due):
                 idle.append(connection)
@@ -223,7 +247,7 @@ async def _exchange(load: Load, connection: Connection, index: int, due: float |
 
 
 @contextmanager
-def _measured(load: Load, connections: list[Connection]) -> Iterator[None]:
+def _measured(load: Load, connections: Sequence[Connection]) -> Iterator[None]:
     cpu = time.process_time()
     try:
         yield

@@ -54,17 +54,41 @@ class Table:
     rows: Sequence[Sequence[str]]
 
 
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Points of a plot, each with the spread of its rounds."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[Spread]
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """`benchmarks.plots` draws it; `name` is the file's."""
+
+    name: str
+    title: str
+    x_label: str
+    y_label: str
+    lines: Sequence[Line]
+    log_x: bool = False
+    log_y: bool = False
+
+
 @dataclass(slots=True)
 class Findings:
     """What an experiment has to say."""
 
     figures: list[Figure] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
+    plots: list[Plot] = field(default_factory=list)
 
     def add(self, other: Findings) -> None:
         """Append the findings of another experiment."""
         self.figures += other.figures
         self.tables += other.tables
+        self.plots += other.plots
 
     def all_tables(self) -> list[Table]:
         """The table of figures and the further ones."""
@@ -115,11 +139,18 @@ def show(findings: Findings, console: Console) -> None:
         console.print(printed)
 
 
-def markdown(findings: Findings, machine: dict[str, Any], notes: Sequence[str]) -> str:
-    """All tables with where they were measured, as one page."""
+def markdown(
+    findings: Findings,
+    machine: dict[str, Any],
+    notes: Sequence[str],
+    *,
+    title: str = "Benchmark of the foundation",
+    images: Sequence[tuple[str, str]] = (),
+) -> str:
+    """All tables with where they were measured, as one page; `images` are titles and files."""
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     parts = [
-        "# Benchmark of the foundation",
+        f"# {title}",
         "Written by `make bench` (`python -m benchmarks --write FILE`); do not edit. Ratios are medians of "
         "ratios within one round, in brackets the least and the most of the rounds.",
         "\n".join(
@@ -132,7 +163,10 @@ def markdown(findings: Findings, machine: dict[str, Any], notes: Sequence[str]) 
             )
         ),
     ]
-    for table in findings.all_tables():
+    figures, *tables = findings.all_tables()
+    parts += [f"## {figures.title}", _markdown_table(figures)]
+    parts += [f"![{caption}]({file})" for caption, file in images]
+    for table in tables:
         parts += [f"## {table.title}", _markdown_table(table)]
     return "\n\n".join(parts) + "\n"
 

@@ -80,7 +80,7 @@ class Server:
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self.host = HOST
-        self.port, self._grpc_port, self._metrics_port = free_ports(3)
+        self.port, self.grpc_port, self._metrics_port = free_ports(3)
         self._log_path = home / "server.log"
         self._write(models, home)
         command = [str(mlserver or Path(sys.executable).with_name("mlserver")), "start", str(home)]
@@ -102,7 +102,7 @@ class Server:
             "parallel_workers": 0,
             "host": HOST,
             "http_port": self.port,
-            "grpc_port": self._grpc_port,
+            "grpc_port": self.grpc_port,
             "metrics_port": self._metrics_port,
             "metrics_dir": str(home),
         }

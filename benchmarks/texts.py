@@ -27,9 +27,11 @@ def words() -> tuple[str, ...]:
 
 
 @cache
-def mixed(count: int, seed: int = SEED) -> tuple[str, ...]:
+def mixed(
+    count: int, seed: int = SEED, *, median_words: float = MEDIAN_WORDS, sigma: float = SIGMA
+) -> tuple[str, ...]:
     """Texts of 3 to 120 words; a longer list begins with the shorter one."""
-    lengths = np.random.default_rng((seed, 0)).lognormal(np.log(MEDIAN_WORDS), SIGMA, count)
+    lengths = np.random.default_rng((seed, 0)).lognormal(np.log(median_words), sigma, count)
     lengths = np.clip(np.rint(lengths), FEWEST_WORDS, MOST_WORDS).astype(int)
     draw = np.random.default_rng((seed, 1))
     return tuple(_text(draw, int(length)) for length in lengths)

@@ -22,10 +22,12 @@ class Texts:
     texts: Sequence[str]
     name: str = "args"
     """Of the input; with `args` the model gets the text by itself."""
+    outputs: Sequence[str] = ()
+    """Asked for by name; else the usual one comes."""
     _bodies: list[bytes] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._bodies = [_tensors(self.name, [text]) for text in self.texts]
+        self._bodies = [_tensors(self.name, [text], self.outputs) for text in self.texts]
 
     def request(self, index: int) -> bytes:
         """See `load.Target`."""
@@ -45,10 +47,11 @@ class Bulk:
     port: int
     model: str
     texts: Sequence[str]
+    name: str = "inputs"
 
     def request(self, index: int) -> bytes:
         """See `load.Target`."""
-        body = b'{"id":"%d",%b' % (index, _tensors("inputs", self.texts))
+        body = b'{"id":"%d",%b' % (index, _tensors(self.name, self.texts))
         return post(f"/v2/models/{self.model}/infer", body)
 
     def is_answer(self, index: int, body: bytes) -> bool:
@@ -79,7 +82,7 @@ def results(body: bytes) -> list[Any]:
     return [json.loads(element) for element in output["data"]]
 
 
-def _tensors(name: str, texts: Sequence[str]) -> bytes:
+def _tensors(name: str, texts: Sequence[str], outputs: Sequence[str] = ()) -> bytes:
     """The request's JSON after its id."""
     tensor = {
         "name": name,
@@ -88,4 +91,5 @@ def _tensors(name: str, texts: Sequence[str]) -> bytes:
         "parameters": {"content_type": "str"},
         "data": list(texts),
     }
-    return orjson.dumps({"inputs": [tensor]})[1:]
+    asked = {"outputs": [{"name": output} for output in outputs]} if outputs else {}
+    return orjson.dumps({"inputs": [tensor], **asked})[1:]

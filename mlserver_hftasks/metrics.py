@@ -69,7 +69,6 @@ class ModelMetrics:
         self._of["tokens"].observe(report.tokens)
         self._of["padding"].observe(1 - report.tokens / report.cost)
         self._of["forward"].observe(report.forward_s)
-        self._of["queue_rows"].set(report.queued_rows)
         for wait in report.queue_wait_s:
             self._of["queue_wait"].observe(wait)
 

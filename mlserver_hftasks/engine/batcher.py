@@ -40,8 +40,6 @@ class BatchReport:
     """One per row."""
     forward_s: float
     failed_rows: int
-    queued_rows: int
-    """Rows waiting when the batch ended."""
 
 
 @dataclass(eq=False, slots=True)
@@ -57,7 +55,8 @@ class _Waiter:
 class Batcher:
     """Runs rows of concurrent callers in shared batches on one device thread.
 
-    Made on the event loop that will await `run`. `observe` is called on that loop after each batch.
+    Made on the event loop that will await `run`. There `observe` is called after each batch, and
+    `observe_queue` with the number of waiting rows whenever it has changed.
     """
 
     def __init__(
@@ -67,12 +66,14 @@ class Batcher:
         *,
         on_thread_start: Callable[[], None] = lambda: None,
         observe: Callable[[BatchReport], None] = lambda report: None,
+        observe_queue: Callable[[int], None] = lambda rows: None,
         name: str = "device",
     ) -> None:
         self._backend = backend
         self._scheduler = scheduler
         self._on_thread_start = on_thread_start
         self._observe = observe
+        self._observe_queue = observe_queue
         self._loop = asyncio.get_running_loop()
         self._waiters: dict[Job, _Waiter] = {}
         self._wake = threading.Condition()
@@ -95,6 +96,7 @@ class Batcher:
             job = self._scheduler.submit(rows, time.monotonic())
             self._waiters[job] = waiter
             self._wake.notify()
+        self._observe_queue(self.queued_rows)
         try:
             return await waiter.future
         finally:
@@ -102,6 +104,7 @@ class Batcher:
             if waiter.missing:
                 with self._wake:
                     self._scheduler.cancel(job)
+                self._observe_queue(self.queued_rows)
 
     def check_admission(self) -> None:
         """Raise `Overloaded` if even the smallest request would be refused now."""
@@ -177,7 +180,6 @@ class Batcher:
             queue_wait_s=[left_at - ticket.job.enqueued_at for ticket in batch.tickets],
             forward_s=seconds,
             failed_rows=failed,
-            queued_rows=self._scheduler.queued_rows,
         )
 
     # -- event loop ------------------------------------------------------------------------------
@@ -192,6 +194,7 @@ class Batcher:
                 if not waiter.missing and not waiter.future.done():
                     waiter.future.set_result([output for output in waiter.outputs if output is not None])
         self._observe(report)
+        self._observe_queue(self.queued_rows)
 
     def _fail_all(self, error: HFTasksError) -> None:
         self._closed = True

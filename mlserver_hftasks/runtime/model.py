@@ -69,6 +69,7 @@ class HFTasksRuntime(mlserver.MLModel):
             Scheduler(limits_of(settings), cost, padded=served.backend.padded),
             on_thread_start=functools.partial(_set_threads, settings),
             observe=self._metrics.batch_ran,
+            observe_queue=self._metrics.queued,
             name=self.name,
         )
         self._served, self._service = served, Service(served.task, batcher, settings.timeout_ms)

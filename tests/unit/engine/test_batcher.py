@@ -325,7 +325,23 @@ async def test_reports(padded: bool) -> None:
     assert min(second.queue_wait_s) >= 0.05
     assert all(report.forward_s >= 0.03 for report in reports)
     assert all(report.failed_rows == 0 for report in reports)
-    assert (first.queued_rows, second.queued_rows) == (2, 0)
+
+
+async def test_the_depth_of_the_queue_is_told_as_it_changes() -> None:
+    depths: list[int] = []
+    backend = SumBackend()
+    async with serving(backend, observe_queue=depths.append) as batcher:
+        held = await hold(backend, batcher)
+        depths.clear()
+        waiting = [asyncio.create_task(batcher.run([row(1), row(2)])) for _ in range(2)]
+        await until(lambda: len(depths) == 2)
+        assert depths == [2, 4]
+        waiting[0].cancel()
+        await until(lambda: len(depths) == 3)
+        assert depths[-1] == 2
+        backend.gate.set()
+        await asyncio.gather(held, waiting[1])
+        await until(lambda: depths[-1] == 0)
 
 
 async def test_the_cost_model_learns_from_batches_that_succeed() -> None:
