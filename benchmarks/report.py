@@ -144,7 +144,7 @@ def markdown(
     machine: dict[str, Any],
     notes: Sequence[str],
     *,
-    title: str = "Benchmark of the foundation",
+    title: str,
     images: Sequence[tuple[str, str]] = (),
 ) -> str:
     """All tables with where they were measured, as one page; `images` are titles and files."""

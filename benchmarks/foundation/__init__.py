@@ -8,6 +8,7 @@ from benchmarks.foundation import bulk, equality, online, overload, packing, par
 from benchmarks.report import Findings
 from benchmarks.session import Session
 
+TITLE = "Benchmark of the foundation"
 EXPERIMENTS: Mapping[str, Callable[[Session], Findings]] = {
     "packing": packing.measure,
     "online": online.measure,

@@ -65,9 +65,7 @@ def _measure(fleet: Fleet, shape: Shape) -> Findings:
     }
     keys |= {(name, 0): measured for name, measured in _limits(session, shape, texts).items()}
     names = {f"{name}, {clients} clients": (name, clients) for name, clients in keys}
-    turns = take_turns(
-        session.rounds(shape), {name: keys[key] for name, key in names.items()}, session.tell
-    )
+    turns = take_turns(session.rounds(shape), {name: keys[key] for name, key in names.items()}, session.tell)
     runs: Runs = {key: turns[name] for name, key in names.items()}
     systems = {endpoint.system.name: endpoint.system for endpoint in endpoints}
     _record(session, shape, systems, runs)
@@ -96,7 +94,12 @@ def reference(endpoints: Sequence[Endpoint], shape: Shape, texts: Sequence[str])
 
 
 def serve(
-    endpoint: Endpoint, shape: Shape, texts: Sequence[str], expected: Sequence[Any], clients: int, counted: int
+    endpoint: Endpoint,
+    shape: Shape,
+    texts: Sequence[str],
+    expected: Sequence[Any],
+    clients: int,
+    counted: int,
 ) -> Run:
     """A closed loop on that system."""
     target = endpoint.texts(shape, texts)
@@ -105,7 +108,9 @@ def serve(
     judged = endpoint.system.role != "ceiling"
     return Run(
         seen.per_second,
-        *(load.percentile(took, percent) for percent in (50, 95, 99)),
+        load.percentile(took, 50),
+        load.percentile(took, 95),
+        load.percentile(took, 99),
         seen.client_us,
         seen.faults + sum(answer.status != 200 for answer in seen.answers),
         max((_difference(answer, expected) for answer in seen.answers), default=math.nan)
@@ -267,8 +272,6 @@ def _plot(shape: Shape, systems: Mapping[str, System], runs: Runs) -> Plot:
         if system.role != "ceiling":
             lines.append(Line(name, [key[1] for key in keys], [Spread.of(of(runs, key)) for key in keys]))
     clients = lines[0].x
-    for key in runs:
-        if key[1] == 0:
-            lines.append(Line(key[0], clients, [Spread.of(of(runs, key))] * len(clients)))
+    lines += [Line(key[0], clients, [Spread.of(of(runs, key))] * len(clients)) for key in runs if key[1] == 0]
     title = f"Throughput against concurrency, one text per request ({shape.name})"
     return Plot(f"throughput-{shape.name}", title, "clients", "texts/s", lines, log_x=True)

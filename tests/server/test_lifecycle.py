@@ -244,7 +244,7 @@ def test_unload_answers_what_is_in_flight(some_server: Server, slow_folder: Path
     extra = {**TASK, "warmup": False, "batch_size": 4}
     with some_server.having("leaving", Model(slow_folder, extra)):
         answers: list[Any] = []
-        inputs = texts(*[LONG] * 40)
+        inputs = texts(*[LONG] * 200)
         thread = threading.Thread(target=lambda: answers.append(some_server.results("leaving", inputs)))
         before = some_server.metrics()
         thread.start()
@@ -255,7 +255,7 @@ def test_unload_answers_what_is_in_flight(some_server: Server, slow_folder: Path
         assert thread.is_alive(), "its first rows have run, the others wait"
         rest_call(some_server, "leaving", "unload")
         thread.join()
-        assert [len(answer) for answer in answers] == [40]
+        assert [len(answer) for answer in answers] == [200]
 
 
 def test_memory_comes_back(some_server: Server) -> None:
