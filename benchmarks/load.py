@@ -155,8 +155,11 @@ async def closed_loop(
     """`clients` that send their next request when they have their answer, until `counted` came in the window.
 
     The window begins when each client has had one answer on average, and all of them are busy in it.
-    Stops after `limit_s` whatever happened.
+    It is a whole number of answers per client: a server may answer all clients at once, and a window
+    that ends within such a burst has its time, but not all of its answers. Stops after `limit_s`
+    whatever happened.
     """
+    counted = -(-counted // clients) * clients
     load = Load(target, window=slice(clients, clients + counted))
     indices = itertools.count()
     connections: list[Connection] = [await connect(target.host, target.port) for _ in range(clients)]

@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.report import Line, Plot
 
 MARKERS = "osD^vP*X"
-SIZE_INCHES, DOTS_PER_INCH = (8.0, 4.8), 120
+SIZE_INCHES, DOTS_PER_INCH = (8.0, 5.4), 120
 
 
 def draw(plot: Plot, folder: Path, prefix: str) -> Path:
@@ -29,7 +29,7 @@ def draw(plot: Plot, folder: Path, prefix: str) -> Path:
     else:
         axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize="small", frameon=False)
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small", frameon=False)
     path = folder / f"{prefix}-{plot.name}.png"
     figure.savefig(path, dpi=DOTS_PER_INCH, metadata={"Software": None})
     return path

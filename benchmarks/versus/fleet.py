@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +52,7 @@ class Fleet:
     others: Mapping[str, str] = field(default_factory=dict)
     """Further servers: their names, and the URLs of their V2 text-classification models."""
     _stack: ExitStack = field(default_factory=ExitStack)
+    _servers: list[Server] = field(default_factory=list)
     _endpoints: list[Endpoint] = field(default_factory=list)
 
     def __enter__(self) -> Fleet:
@@ -59,7 +61,8 @@ class Fleet:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stack.close()
+        with self._stack, ThreadPoolExecutor() as pool:  # each takes seconds to end
+            list(pool.map(Server.stop, self._servers))
 
     def endpoints(self, shape: Shape = MINILM) -> list[Endpoint]:
         """All systems that serve the shape, warm."""
@@ -81,7 +84,7 @@ class Fleet:
             home = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="hftasks-bench-")))
             models = [system.model(name, folder) for name, folder in folders.items()]
             servers[system.name] = system, Server(models, home, **system.server_options())
-            self._stack.callback(servers[system.name][1].stop)
+            self._servers.append(servers[system.name][1])
         for _, server in servers.values():
             server.wait_until_ready()
         return [Endpoint(system, server.host, server.port) for system, server in servers.values()]
