@@ -1,12 +1,12 @@
 # Targets are the habits; CI calls the same ones. `make demo` and `make test` work on a fresh machine.
 
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 TORCH  := torch>=2.13,<2.14
 
-.PHONY: install demo test lint format typecheck docs compat bench bench-quick clean
+.PHONY: install demo test lint format typecheck docs compat bench bench-quick bench-versus clean
 
 install: $(STAMP)
 
@@ -42,10 +42,14 @@ compat: install
 	$(BIN)/python -m tests.compat $(ARGS)
 
 bench: install
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks --write docs/benchmarks/foundation.md
 
 bench-quick: install
 	$(BIN)/python -m benchmarks --quick
+
+bench-versus: install
+	$(BIN)/python -m pip install --quiet -e ".[bench]"
+	$(BIN)/python -m benchmarks --versus $(if $(QUICK),--quick) --write docs/benchmarks/versus.md
 
 clean:
 	rm -rf $(VENV) models build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage

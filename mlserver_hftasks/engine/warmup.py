@@ -9,10 +9,10 @@ from mlserver_hftasks.engine.batcher import Forward
 from mlserver_hftasks.engine.cost import CostModel
 from mlserver_hftasks.engine.rows import Row
 
-SHAPES = ((1, 8), (1, 64), (4, 32), (8, 64), (16, 64), (2, 16))
+SHAPES = ((1, 8), (1, 64), (4, 32), (8, 64), (2, 16))
 """Rows and words per row of the warm-up batches. Small first, a large one before the last small one."""
 RUNS = 3
-MAX_SECONDS = 5.0
+MAX_SECONDS = 2.0
 """No further batch is begun after this; a large model on a slow device has learned enough by then."""
 
 
