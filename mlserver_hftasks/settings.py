@@ -48,12 +48,13 @@ def _integer_from_string(value: Any) -> Any:
 
 Json = BeforeValidator(_from_json)
 Count = Annotated[int, Field(ge=1)]
+Threads = Annotated[int, Field(ge=1, le=1024)]
 
 
 class Settings(BaseModel):
     """All keys of `parameters.extra`. `docs/settings.md` is this class as a table."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
     task: str | None = Field(None, description="task or alias; inferred from the model's config if missing")
     task_suffix: str = Field("", description="appended to the task `translation`: `_en_to_fr`")
@@ -98,17 +99,17 @@ class Settings(BaseModel):
     labels: Annotated[list[str] | dict[int, str] | None, Json] = Field(
         None, description="label names; also read from `index_to_name.json` beside the model"
     )
-    intra_op_threads: Annotated[Count | None, BeforeValidator(_none_from_string)] = Field(
+    intra_op_threads: Annotated[Threads | None, BeforeValidator(_none_from_string)] = Field(
         None, description="threads of one operator; torch decides if not set"
     )
-    inter_op_threads: Annotated[Count | None, BeforeValidator(_none_from_string)] = Field(
+    inter_op_threads: Annotated[Threads | None, BeforeValidator(_none_from_string)] = Field(
         None, description="operators at once; per process, the first model decides"
     )
     warmup: bool = Field(True, description="run some batches at load: the first client does not pay for it")
     max_items: Count = Field(1024, description="most items in a request; beyond: 413")
     max_text_chars: Count = Field(100_000, description="most characters of a text; beyond: 413")
     max_body_bytes: Count = Field(
-        64 * 2**20, description="most bytes of a REST body after gunzip; beyond: 413"
+        16 * 2**20, description="most bytes of a REST body after gunzip; beyond: 413"
     )
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
 

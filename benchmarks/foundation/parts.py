@@ -22,7 +22,7 @@ from benchmarks.rounds import Spread, ratios, take_turns
 from benchmarks.server import Model, Server, classifier, running
 from benchmarks.session import Session
 from benchmarks.shapes import ONE_LAYER
-from mlserver_hftasks.codecs.request import check_envelope
+from mlserver_hftasks.codecs.envelope import check_envelope
 from mlserver_hftasks.codecs.response import encode_results
 from mlserver_hftasks.engine.batcher import Batcher
 from mlserver_hftasks.engine.cost import CostModel

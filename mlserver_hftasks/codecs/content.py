@@ -19,10 +19,15 @@ import orjson
 from mlserver.types import RequestInput
 from PIL import Image, UnidentifiedImageError
 
+from mlserver_hftasks.codecs.envelope import MAX_DIMENSIONS
 from mlserver_hftasks.errors import InvalidRequest, did_you_mean
 
 IMAGE_PREFIX = "data:image/"
 """A JSON value that is a string with this prefix is an image in base64."""
+
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+"""Of what Pillow can open: for some others it starts programs."""
+MAX_PIXELS = 32_000_000
 
 _DTYPES = {
     "BOOL": np.bool_,
@@ -97,11 +102,14 @@ def _elements(tensor: RequestInput) -> list[Any]:
 
 
 def _flat(data: Any) -> list[Any]:
-    if not isinstance(data, list):
-        return [data]
-    if any(isinstance(element, list) for element in data):
-        return [leaf for element in data for leaf in _flat(element)]
-    return data
+    flat = data if isinstance(data, list) else [data]
+    for _ in range(MAX_DIMENSIONS):
+        if not any(isinstance(element, list) for element in flat):
+            return flat
+        flat = [leaf for element in flat for leaf in (element if isinstance(element, list) else [element])]
+    raise InvalidRequest(
+        f"data nested deeper than {MAX_DIMENSIONS} levels, expected as many as dimensions @ data"
+    )
 
 
 def _text(element: Any, where: str) -> str:
@@ -153,8 +161,12 @@ def _base64(element: Any, where: str) -> bytes:
 
 def _image(element: Any, where: str) -> Image.Image:
     try:
-        image = Image.open(io.BytesIO(_base64(element, where)))
-        image.load()
+        # Opening reads the header only; who needs the pixels loads them, once he knows how many there are.
+        image = Image.open(io.BytesIO(_base64(element, where)), formats=IMAGE_FORMATS)
+        if image.width * image.height > MAX_PIXELS:
+            raise InvalidRequest(
+                f"an image of {image.width} x {image.height} pixels, expected at most {MAX_PIXELS} @ {where}"
+            )
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InvalidRequest(
             f"an image that cannot be read ({_reason(error)}), expected base64 of an image @ {where}"
@@ -215,7 +227,10 @@ def _decode_array(tensor: RequestInput, elements: list[Any]) -> Decoded:
 
 
 def _decode_arrays(tensor: RequestInput, elements: list[Any]) -> Decoded:
-    return Decoded(list(_decode_array(tensor, elements).value), True)
+    array = _decode_array(tensor, elements).value
+    if not array.ndim:
+        raise InvalidRequest(f"a tensor without dimensions, expected at least one @ {tensor.name}")
+    return Decoded(list(array), True)
 
 
 _DECODERS: dict[str, Callable[[RequestInput, list[Any]], Decoded]] = {

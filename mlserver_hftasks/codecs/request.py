@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import orjson
-from mlserver.types import Datatype, InferenceRequest, RequestInput
+from mlserver.types import InferenceRequest, RequestInput
 
 from mlserver_hftasks.codecs.content import Decoded, decode_tensor, is_content_type
+from mlserver_hftasks.codecs.envelope import check_counts, check_layout
 from mlserver_hftasks.errors import InvalidRequest, did_you_mean
 
 SCALAR_NAME = "args"
@@ -27,11 +28,6 @@ PROTOCOL_PARAMETERS = frozenset(
     }
 )
 """Request parameters that belong to the protocol and its clients, not to a task."""
-
-
-_JSON_NAMES: dict[type, str] = {str: "a text", dict: "an object", list: "a list"}
-
-DATATYPES = frozenset(member.value for member in Datatype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,55 +52,9 @@ class Call:
     """Names of the outputs wanted; none: the task's result as JSON."""
 
 
-def check_envelope(content: Any) -> None:
-    """Raise `InvalidRequest` unless the JSON has the form of a V2 inference request."""
-    if not isinstance(content, dict) or not isinstance(content.get("inputs"), list):
-        raise InvalidRequest("no list of inputs, expected a V2 inference request @ inputs")
-    _check_type(content.get("id"), str, "id")
-    _check_parameters(content.get("parameters"), "parameters")
-    _check_type(content.get("outputs"), list, "outputs")
-    for index, output in enumerate(content.get("outputs") or ()):
-        if not isinstance(output, dict) or not isinstance(output.get("name"), str):
-            raise InvalidRequest(f"got {output!r:.60}, expected an output with a name @ outputs[{index}]")
-        _check_parameters(output.get("parameters"), f"outputs[{index}].parameters")
-    for index, tensor in enumerate(content["inputs"]):
-        _check_tensor(tensor, f"inputs[{index}]")
-
-
-def _check_type(value: Any, kind: type, where: str) -> None:
-    if value is not None and not isinstance(value, kind):
-        raise InvalidRequest(
-            f"got {type(value).__name__} {value!r:.60}, expected {_JSON_NAMES[kind]} @ {where}"
-        )
-
-
-def _check_tensor(tensor: Any, where: str) -> None:
-    if not isinstance(tensor, dict) or not isinstance(tensor.get("name"), str):
-        raise InvalidRequest(f"a tensor without a name, expected name, shape, datatype and data @ {where}")
-    _check_layout(tensor.get("shape"), tensor.get("datatype"), where)
-    if tensor.get("data") is None:
-        raise InvalidRequest(f"a tensor without data, expected a list of elements @ {where}.data")
-    _check_parameters(tensor.get("parameters"), f"{where}.parameters")
-
-
-def _check_layout(shape: Any, datatype: Any, where: str) -> None:
-    if not isinstance(shape, list) or not all(type(size) is int and size >= -1 for size in shape):
-        raise InvalidRequest(f"got the shape {shape!r:.60}, expected a list of sizes @ {where}.shape")
-    got = str(getattr(datatype, "value", datatype))
-    if got not in DATATYPES:
-        raise InvalidRequest(
-            f"got the datatype {got!r:.40}, {did_you_mean(got, DATATYPES)} @ {where}.datatype"
-        )
-
-
-def _check_parameters(parameters: Any, where: str) -> None:
-    _check_type(parameters, dict, where)
-    _check_type((parameters or {}).get("content_type"), str, f"{where}.content_type")
-    _check_type((parameters or {}).get("headers"), dict, f"{where}.headers")
-
-
 def decode_request(request: InferenceRequest, names: Names) -> Call:
     """Decode every tensor and parameter of the request. Raises `InvalidRequest`."""
+    check_counts(len(request.inputs), len(request.outputs or ()))  # gRPC messages come unchecked
     default = request.parameters.content_type if request.parameters else None
     default = default if is_content_type(default) else None
     inputs: dict[str, list[Any]] = {}
@@ -112,7 +62,7 @@ def decode_request(request: InferenceRequest, names: Names) -> Call:
     scalar = False
     for tensor in {tensor.name: tensor for tensor in request.inputs}.values():
         own_name = names.inputs.get(tensor.name) or _known(tensor.name, names)
-        _check_layout(tensor.shape, tensor.datatype, tensor.name)  # gRPC messages come unchecked
+        check_layout(tensor.shape, tensor.datatype, tensor.name)
         decoded = decode_tensor(tensor, default)
         if tensor.name not in names.inputs:
             parameters[own_name] = _parameter(tensor, decoded, names)
@@ -125,7 +75,7 @@ def decode_request(request: InferenceRequest, names: Names) -> Call:
         expected = " or ".join(sorted(set(names.inputs)))
         raise InvalidRequest(f"no input, expected {expected} @ inputs")
     scalar = scalar and all(len(items) == 1 for items in inputs.values())
-    outputs = tuple(output.name for output in request.outputs or ())
+    outputs = tuple(dict.fromkeys(output.name for output in request.outputs or ()))
     return Call(inputs, parameters, scalar, outputs)
 
 
@@ -136,14 +86,27 @@ def _items(decoded: Decoded) -> tuple[list[Any], bool]:
     return [decoded.value], True
 
 
-def size_of(request: InferenceRequest) -> int:
-    """About how many characters the request brings: what decoding it will cost."""
-    return sum(
-        sum(len(element) if isinstance(element, str | bytes) else 8 for element in tensor.data)
-        if isinstance(tensor.data.root, list)
-        else len(str(tensor.data.root))
-        for tensor in request.inputs
+def size_of(request: InferenceRequest, most: int) -> int:
+    """About how many characters the request brings, which is what decoding costs; `most` as below."""
+    extra = (request.parameters.model_extra if request.parameters else None) or {}
+    return count_characters(
+        [extra, [getattr(tensor.data, "root", tensor.data) for tensor in request.inputs]], most
     )
+
+
+def count_characters(value: Any, most: int) -> int:
+    """About how many characters are in a value, however nested; stops to count beyond `most`."""
+    count, pending = 0, [value]
+    while pending and count <= most:
+        value = pending.pop()
+        count += len(value) + 1 if isinstance(value, str | bytes) else 8
+        if isinstance(value, dict):
+            pending.extend(value.values())
+        elif isinstance(value, list | tuple):
+            if len(value) > most:
+                return len(value)
+            pending.extend(value)
+    return count
 
 
 def _request_parameters(request: InferenceRequest, names: Names) -> dict[str, Any]:

@@ -21,9 +21,11 @@ def max_tokens_of(setting: int | None, tokenizer: PreTrainedTokenizerBase, model
     most = min([*limits, UNLIMITED_TOKENS])
     if setting is None:
         return int(most)
-    if setting > most:
+    least = int(tokenizer.num_special_tokens_to_add(pair=True)) + 2
+    if not least <= setting <= most:
         raise InvalidSettings(
-            f"got {setting}, expected 1..{most}: the model takes no more @ parameters.extra.max_length"
+            f"got {setting}, expected {least}..{most}: a text must fit beside special tokens, and the model "
+            "takes no more @ parameters.extra.max_length"
         )
     return setting
 

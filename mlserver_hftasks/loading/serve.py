@@ -53,9 +53,10 @@ def load(settings: Settings) -> Served:
     kind = task_class(canonical_name(settings.task or _infer_task(config, source.folder)))
     tokenizer = source.tokenizer()
     model = source.model(kind.head, config, device)
+    encoder = Encoder(tokenizer, max_tokens_of(settings.max_length, tokenizer, model))
     facts = ModelFacts(
         config=config,
-        encoder=Encoder(tokenizer, max_tokens_of(settings.max_length, tokenizer, model)),
+        encoder=encoder,
         labels=labels_of(settings.labels, config, source.folder),
         truncation=settings.truncation,
         limits=ItemLimits(settings.max_items, settings.max_text_chars),
@@ -67,7 +68,7 @@ def load(settings: Settings) -> Served:
         kind.head,
         device=device,
         pad_token_id=pad_token_id_of(tokenizer, model),
-        probe=probe_rows(facts.encoder),
+        probe=probe_rows(encoder),
         packing=settings.packing == "auto",
     )
     return Served(task, backend)

@@ -52,6 +52,12 @@ class Source:
         """The model's tokenizer, or the one that the settings name."""
         name = self._settings.pretrained_tokenizer or self._name
         tokenizer = self._read(AutoTokenizer.from_pretrained, name, "pretrained_tokenizer", **self._common)
+        if len(tokenizer) <= len(tokenizer.all_special_ids):
+            # Without its files transformers makes one that knows no words, and says nothing.
+            raise InvalidSettings(
+                f"'{name}' has no tokenizer files, expected tokenizer.json or a vocabulary beside the model "
+                "@ parameters.extra.pretrained_tokenizer"
+            )
         if self._settings.do_lower_case:
             _lower_case(tokenizer)
         return tokenizer

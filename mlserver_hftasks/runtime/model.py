@@ -89,7 +89,7 @@ class HFTasksRuntime(mlserver.MLModel):
         await service.batcher.close()
         served.backend.close()
         del served, service
-        _give_memory_back()
+        await asyncio.to_thread(_give_memory_back)
         return True
 
     async def metadata(self) -> MetadataModelResponse:

@@ -43,7 +43,8 @@ from mlserver.rest.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.responses import StreamingResponse
 
-from mlserver_hftasks.codecs.request import PROTOCOL_PARAMETERS, check_envelope
+from mlserver_hftasks.codecs.envelope import check_envelope, check_id
+from mlserver_hftasks.codecs.request import PROTOCOL_PARAMETERS
 from mlserver_hftasks.errors import HFTasksError, InvalidSettings, Overloaded
 
 GRPC_CODES = {
@@ -52,6 +53,7 @@ GRPC_CODES = {
     503: grpc.StatusCode.UNAVAILABLE,
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
+MAX_MESSAGE_CHARS = 600
 _RETRY_AFTER = re.compile(r"; retry after (\d+) s$")
 
 _body_limits: dict[str, int] = {}
@@ -66,19 +68,26 @@ class BadBody(MLServerError, HTTPException):
     """
 
     def __init__(self, message: str, status_code: int = 400) -> None:
-        Exception.__init__(self, message)
         self.status_code = status_code
-        self.detail = message
+        self.detail = _printable(message)
+        Exception.__init__(self, self.detail)
         self.headers = None
 
     def __str__(self) -> str:
         return self.detail
 
 
+def _printable(message: str) -> str:
+    """On one line, and short enough for the trailers of gRPC: clients choose some of the words."""
+    cut = message if len(message) <= MAX_MESSAGE_CHARS else f"{message[:MAX_MESSAGE_CHARS]}..."
+    return cut if cut.isprintable() else "".join(c if c.isprintable() else " " for c in cut)
+
+
 def as_mlserver_error(error: HFTasksError) -> MLServerError:
     """The error as MLServer sends it. With workers only message and status get through."""
-    message = str(error)
+    message = _printable(str(error))
     if isinstance(error, Overloaded):
+        # `_error_response` reads this again: between workers nothing else of an error gets through.
         message += f"; retry after {max(math.ceil(error.retry_after_s), 1)} s"
     return MLServerError(message, 422 if isinstance(error, InvalidSettings) else error.status_code)
 
@@ -117,6 +126,8 @@ def prepare_server() -> None:
             raise BadBody(f"invalid JSON ({error}), expected a V2 inference request @ body") from None
         except HFTasksError as error:
             raise BadBody(str(error), error.status_code) from None
+        except RecursionError:
+            raise BadBody("a body nested too deeply, expected a V2 inference request @ body") from None
         return content
 
     Request.body, Request.json = body, json
@@ -133,6 +144,7 @@ def _refuse_bad_messages() -> None:
     def insert_headers(servicer: InferenceServicer, request: Any, context: Any) -> Any:
         if request.model_name in _body_limits:
             _check_kinds(request.parameters)
+            _check_message_id(request.id)
         try:
             return convert(servicer, request, context)
         except (ValueError, IndexError, struct.error) as error:
@@ -152,6 +164,13 @@ def _check_kinds(parameters: Mapping[str, Any]) -> None:
                 f"or a text (or the value as a tensor of that name) @ {name}",
                 400,
             )
+
+
+def _check_message_id(request_id: str) -> None:
+    try:
+        check_id(request_id)
+    except HFTasksError as error:
+        raise as_mlserver_error(error) from None
 
 
 class _Stream(StreamingResponse):

@@ -5,30 +5,26 @@ The numbers are the steps of `docs/structure.md`.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 from mlserver.types import InferenceRequest, ResponseOutput
 
-from mlserver_hftasks.codecs.request import Call, Names, decode_request, size_of
+from mlserver_hftasks.codecs.request import Call, Names, count_characters, decode_request, size_of
 from mlserver_hftasks.codecs.response import RESULT_NAME, encode_results, encode_tensor
 from mlserver_hftasks.engine.batcher import Batcher
 from mlserver_hftasks.engine.rows import Outputs
-from mlserver_hftasks.errors import DeadlineExceeded
+from mlserver_hftasks.errors import InvalidRequest, RequestTooLarge
+from mlserver_hftasks.runtime.offload import BULK_CHARS, Deadline, run_for
 from mlserver_hftasks.tasks.base import Answered, Example, Task
 from mlserver_hftasks.tasks.signature import Parameters, Signature
 
-T = TypeVar("T")
-
-INLINE_CHARS = 4_000
-"""Requests up to this size are decoded and tokenized on the event loop: under a millisecond."""
-INLINE_NUMBERS = 20_000
-"""Outputs up to this many numbers are post-processed on the event loop."""
-
-_cpu = ThreadPoolExecutor(max_workers=2, thread_name_prefix="hftasks-cpu")
-"""Decoding, tokenization and post-processing of what is too large for the event loop."""
+CHARS_PER_NUMBER = 0.2
+"""Post-processing a number costs about as much as tokenizing so many characters."""
+MAX_NUMBERS = 16_000_000
+"""Most numbers in an answer; beyond: 413. As JSON they are some 200 MB."""
 
 
 class Service:
@@ -42,24 +38,56 @@ class Service:
 
     async def answer(self, payload: InferenceRequest) -> list[ResponseOutput]:
         """The outputs for a request. Raises `HFTasksError`."""
-        started = asyncio.get_running_loop().time()
         self.batcher.check_admission()  # 1
-        task, size = self.task, size_of(payload)
-        large = size > INLINE_CHARS
-        call, parameters = await _off_loop(large, self._decode, payload)  # 2
-        async with _Deadline(started, parameters.timeout_ms, self._timeout_ms):
-            examples = await _off_loop(large, task.examples, call.inputs, parameters)  # 3
+        async with Deadline(self._timeout_ms) as deadline:
+            call, parameters = await run_for(size_of(payload, BULK_CHARS), self._decode, payload)  # 2
+            deadline.tighten(parameters.timeout_ms)
+            examples = await run_for(_work_of(call), self._examples, call, parameters)  # 3
             outputs = await self.batcher.run([row for example in examples for row in example.rows])  # 4 to 7
-        answered = _regroup(examples, outputs)
-        numbers = sum(array.size for row in outputs for array in row.values())
-        return await _off_loop(numbers > INLINE_NUMBERS, _encode, task, call, parameters, answered)  # 8
+            answered = _regroup(examples, outputs)
+            numbers = sum(array.size for row in outputs for array in row.values())
+            work = int(CHARS_PER_NUMBER * numbers)
+            return await run_for(work, _encode, self.task, call, parameters, answered)  # 8
 
     def _decode(self, payload: InferenceRequest) -> tuple[Call, Parameters]:
-        call = decode_request(payload, self._names)
-        for name in call.outputs:
-            if name != RESULT_NAME:
-                self.task.signature.output_named(name)
-        return call, self.task.signature.parse(call.parameters)
+        with _nesting_checked():
+            call = decode_request(payload, self._names)
+            for name in call.outputs:
+                if name != RESULT_NAME:
+                    self.task.signature.output_named(name)
+            return call, self.task.signature.parse(call.parameters)
+
+    def _examples(self, call: Call, parameters: Parameters) -> list[Example]:
+        with _nesting_checked():
+            return self.task.examples(call.inputs, parameters)
+
+
+@contextmanager
+def _nesting_checked() -> Iterator[None]:
+    try:
+        yield
+    except RecursionError:
+        raise InvalidRequest("a value nested too deeply, expected a few levels @ inputs") from None
+
+
+def _work_of(call: Call) -> int:
+    """About how many characters will be tokenized, or more.
+
+    What comes once, a query, a context, a prompt or labels, may be tokenized with every item.
+    """
+    items = max(map(len, call.inputs.values()))
+    sizes = {name: count_characters(values, BULK_CHARS) for name, values in call.inputs.items()}
+    shared = sum(size for name, size in sizes.items() if len(call.inputs[name]) < items)
+    shared += count_characters(call.parameters, BULK_CHARS)
+    widest = max((len(value) for value in call.parameters.values() if isinstance(value, list)), default=1)
+    return (sum(sizes.values()) + items * shared) * max(widest, 1)
+
+
+def _check_numbers(numbers: int) -> None:
+    if numbers > MAX_NUMBERS:
+        raise RequestTooLarge(
+            f"an answer of {numbers} numbers, expected at most {MAX_NUMBERS}: send fewer items @ outputs"
+        )
 
 
 def _encode(
@@ -68,10 +96,12 @@ def _encode(
     """The outputs that the call names, in its order; without names the result as JSON."""
     typed = [name for name in call.outputs if name != RESULT_NAME]
     tensors = task.tensors(typed, answered, parameters) if typed else {}
+    _check_numbers(sum(tensor.values.size for tensor in tensors.values()))
     made: list[ResponseOutput] = []
     for name in call.outputs or (RESULT_NAME,):
         if name == RESULT_NAME:
             results = [task.postprocess(item, parameters) for item in answered]
+            _check_numbers(sum(result.size for result in results if isinstance(result, np.ndarray)))
             made.append(encode_results(task.shaped(results, parameters, scalar=call.scalar)))
         else:
             made.append(encode_tensor(name, tensors[name].datatype, tensors[name].values))
@@ -93,28 +123,3 @@ def _names_of(signature: Signature) -> Names:
 def _may_be_list(annotation: Any) -> bool:
     origin = getattr(annotation, "__origin__", annotation)
     return origin in (list, tuple, dict) or any(map(_may_be_list, getattr(annotation, "__args__", ())))
-
-
-async def _off_loop(large: bool, function: Callable[..., T], *args: Any) -> T:
-    if not large:
-        return function(*args)
-    return await asyncio.get_running_loop().run_in_executor(_cpu, function, *args)
-
-
-class _Deadline:
-    """Raises `DeadlineExceeded` when the shorter of the timeouts has passed since `started` (loop time)."""
-
-    def __init__(self, started: float, *timeouts_ms: float | None) -> None:
-        self._ms = min((ms for ms in timeouts_ms if ms is not None), default=None)
-        self._timeout = asyncio.timeout_at(None if self._ms is None else started + self._ms / 1e3)
-
-    async def __aenter__(self) -> None:
-        await self._timeout.__aenter__()
-
-    async def __aexit__(self, *exc_info: Any) -> None:
-        try:
-            await self._timeout.__aexit__(*exc_info)
-        except TimeoutError:
-            raise DeadlineExceeded(
-                f"no answer within {self._ms:g} ms, expected one by then @ timeout_ms"
-            ) from None

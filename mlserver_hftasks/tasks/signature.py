@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from mlserver_hftasks.errors import InvalidRequest, did_you_mean
 
@@ -52,6 +52,17 @@ class Parameters(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     timeout_ms: float | None = Field(None, gt=0, description="give up after this many milliseconds (504)")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_boolean_is_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and not _takes(cls.model_fields[info.field_name or ""].annotation, bool):
+            raise ValueError("no boolean")
+        return value
+
+
+def _takes(annotation: Any, kind: type) -> bool:
+    return annotation is kind or any(_takes(part, kind) for part in getattr(annotation, "__args__", ()))
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,6 +77,8 @@ def test_every_type_of_seldon_core_v1() -> None:
         ({"dtype": "int4"}, {}, "@ parameters.extra.dtype"),
         ({"batch_size": 0}, {}, "got 0, expected: Input should be greater than or equal to 1"),
         ({"packing": "on"}, {}, "'auto' or 'off'"),
+        ({"intra_op_threads": 10**8}, {}, "less than or equal to 1024"),
+        ({"timeout_ms": "inf"}, {}, "finite"),
         ({"truncation": "left"}, {}, "longest_first"),
         ({"task": "ner", "task_suffix": "_en_to_fr"}, {}, "only `translation` takes one"),
         ({}, unit(batch_size=("INT", "x")), "got 'x', expected a value of type INT @ batch_size"),

@@ -32,13 +32,17 @@ def tensor(
 ) -> RequestInput:
     parameters = Parameters(content_type=content_type) if content_type else None
     return RequestInput(
-        name="x", shape=shape or [len(data)], datatype=datatype, data=data, parameters=parameters
+        name="x",
+        shape=[len(data)] if shape is None else shape,
+        datatype=datatype,
+        data=data,
+        parameters=parameters,
     )
 
 
-def png(colour: str = "red") -> bytes:
+def png(colour: str = "red", size: tuple[int, int] = (3, 2)) -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGB", (3, 2), colour).save(buffer, "PNG")
+    Image.new("1" if max(size) > 999 else "RGB", size, 1 if max(size) > 999 else colour).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -87,6 +91,17 @@ def test_arrays() -> None:
 
 def test_nested_data_is_taken_row_by_row() -> None:
     assert decode_tensor(tensor([["a"], ["b"]], shape=[2, 1])).value == ["a", "b"]
+    assert decode_tensor(tensor([[["a"]], [["b", "c"]]], shape=[3])).value == ["a", "b", "c"]
+
+
+def test_data_nested_beyond_reason_are_refused() -> None:
+    data: list[Any] = ["a"]
+    for _ in range(600):
+        data = [data]
+    with pytest.raises(InvalidRequest, match="nested deeper"):
+        decode_tensor(
+            RequestInput.model_construct(name="x", shape=[1], datatype="BYTES", data=data, parameters=None)
+        )
 
 
 def test_texts_of_the_shape_one_may_be_many() -> None:
@@ -126,6 +141,16 @@ def test_images() -> None:
         (tensor(["a"], datatype="INT64"), "expected a value of the datatype INT64 @ x[0]"),
         (tensor(["a"], "np", "FP32"), "expected values of the datatype FP32 @ x"),
         (tensor(["a"], "np", "BYTES"), "expected a number type @ x"),
+        (tensor([1.5], "nplist", "FP32", []), "a tensor without dimensions, expected at least one @ x"),
+        (tensor(["%!PS-Adobe-3.0 EPSF-3.0"], "pillow_image"), "invalid base64"),
+        (
+            tensor([base64.b64encode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")], "pillow_image"),
+            "of no known",
+        ),
+        (
+            tensor([base64.b64encode(png(size=(9000, 9000)))], "pillow_image"),
+            "9000 x 9000 pixels, expected at most",
+        ),
         (tensor([300], "np", "UINT8"), "expected values of the datatype UINT8 @ x"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 from mlserver.types import InferenceRequest, Parameters, RequestInput, RequestOutput
 
-from mlserver_hftasks.codecs.request import Call, Names, check_envelope, decode_request, size_of
+from mlserver_hftasks.codecs.envelope import check_envelope
+from mlserver_hftasks.codecs.request import Call, Names, count_characters, decode_request, size_of
 from mlserver_hftasks.errors import InvalidRequest
 
 NAMES = Names(
@@ -145,6 +146,13 @@ GOOD = {"name": "x", "shape": [1], "datatype": "BYTES", "data": ["a"]}
         ({"inputs": [{**GOOD, "parameters": {"content_type": 3}}]}, "@ inputs[0].parameters.content_type"),
         ({"inputs": [GOOD], "parameters": []}, "@ parameters"),
         ({"inputs": [GOOD], "id": 3}, "@ id"),
+        ({"inputs": [GOOD], "id": "a\nb"}, "@ id"),
+        ({"inputs": [GOOD], "id": "\N{GRINNING FACE}"}, "@ id"),
+        ({"inputs": [GOOD], "id": "a" * 300}, "@ id"),
+        ({"inputs": [GOOD] * 65}, "@ inputs"),
+        ({"inputs": [GOOD], "outputs": [{"name": "label"}] * 65}, "@ outputs"),
+        ({"inputs": [{**GOOD, "shape": [1] * 17}]}, "@ inputs[0].shape"),
+        ({"inputs": [{**GOOD, "shape": [10**18]}]}, "@ inputs[0].shape"),
         ({"inputs": [GOOD], "outputs": "label"}, "@ outputs"),
         ({"inputs": [GOOD], "outputs": ["label"]}, "@ outputs[0]"),
     ],
@@ -156,6 +164,21 @@ def test_what_is_no_v2_request_is_refused(content: Any, where: str) -> None:
     assert str(caught.value).endswith(where)
 
 
-def test_size_counts_characters() -> None:
-    request = InferenceRequest(inputs=[tensor("args", "abc", "de"), tensor("top_k", 1, datatype="INT64")])
-    assert size_of(request) == 13
+def test_size_counts_characters_wherever_they_are() -> None:
+    request = InferenceRequest(
+        inputs=[
+            tensor("args", "abc", "de"),
+            RequestInput(name="x", shape=[1], datatype="BYTES", data=[["f" * 90]]),
+        ],
+        parameters=Parameters(labels="g" * 50),
+    )
+    assert 3 + 2 + 90 + 50 < size_of(request, 1000) < 3 + 2 + 90 + 50 + 100
+
+
+@pytest.mark.parametrize("value", ["a" * 50, ["a" * 9] * 9, [[]] * 50, {"a": ["b" * 50]}, [[[["a" * 50]]]]])
+def test_counting_stops_beyond_the_most_that_matters(value: Any) -> None:
+    assert 10 < count_characters(value, 10) < 100
+
+
+def test_an_output_named_twice_is_given_once() -> None:
+    assert decode(tensor("args", "a"), outputs=["label", "score", "label"]).outputs == ("label", "score")

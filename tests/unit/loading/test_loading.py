@@ -166,6 +166,7 @@ def test_pickled_weights_load_only_when_asked_for(tmp_path: Path) -> None:
         ({"device": 7, "task": "ner"}, "@ parameters.extra.device"),
         ({"labels": ["a"]}, "expected them for 0..1 @ parameters.extra.labels"),
         ({"max_length": 10**6}, "the model takes no more @ parameters.extra.max_length"),
+        ({"max_length": 1}, "got 1, expected 5.."),
         ({"pretrained_tokenizer": "no/tokenizer"}, "@ parameters.extra.pretrained_tokenizer"),
         ({"model_kwargs": {"attn_implementation": "nonsense"}}, "cannot be loaded"),
     ],
@@ -177,6 +178,15 @@ def test_what_is_refused_names_the_key(settings: Any, message: str, monkeypatch:
     with pytest.raises(InvalidSettings) as caught:
         served_from(tiny.folder("bert", "sequence"), **settings)
     assert message in str(caught.value)
+
+
+def test_a_model_without_its_tokenizer_is_refused(tmp_path: Path) -> None:
+    folder = copied(tmp_path, "bert", "sequence")
+    for path in folder.iterdir():
+        if path.name not in {"config.json", "model.safetensors"}:
+            path.unlink()
+    with pytest.raises(InvalidSettings, match="no tokenizer files"):
+        served_from(folder)
 
 
 def test_a_bad_label_file_is_named(tmp_path: Path) -> None:
