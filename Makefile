@@ -52,5 +52,5 @@ bench-versus: install
 	$(BIN)/python -m benchmarks --versus $(if $(QUICK),--quick) --write docs/benchmarks/versus.md
 
 clean:
-	rm -rf $(VENV) models build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
+	rm -rf $(VENV) .venv-peer models build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

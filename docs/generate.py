@@ -35,6 +35,9 @@ Every tensor name below can be sent as an input of a V2 request; parameters also
 `args` with one element is one item by itself, as if the pipeline were called with it; all other names take
 lists. Without `outputs` in the request the answer is one BYTES output, `output`, with one JSON text per
 result; with `outputs` it is the tensors that the request names, and only those.
+
+Of two tensors of one name the last counts; a parameter that comes as a tensor counts before one that comes as a
+request parameter. Unknown names are refused.
 """
 
 

@@ -59,7 +59,7 @@ def build(root: Path, *, force: bool = False) -> None:
         build_embeddings(root / "embeddings")
     if force or not is_built(root / "sentiment"):
         build_sentiment(root / "sentiment", encoder=root / "embeddings")
-    write_json(root / "settings.json", {"debug": False, "parallel_workers": 0})
+    write_json(root / "settings.json", {"debug": False, "gzip_enabled": False, "parallel_workers": 0})
 
 
 def build_embeddings(folder: Path) -> None:

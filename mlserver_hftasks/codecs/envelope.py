@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from mlserver.types import Datatype
@@ -14,6 +15,7 @@ MAX_TENSORS = 64
 MAX_DIMENSIONS = 16
 MAX_SIZE = 2**31
 MAX_ID_CHARS = 256
+MAX_NAME_CHARS = 128
 _JSON_NAMES: dict[type, str] = {str: "a text", dict: "an object", list: "a list"}
 
 
@@ -39,6 +41,15 @@ def check_counts(inputs: int, outputs: int) -> None:
     for name, count in (("inputs", inputs), ("outputs", outputs)):
         if count > MAX_TENSORS:
             raise InvalidRequest(f"{count} {name}, expected at most {MAX_TENSORS} @ {name}")
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raise `InvalidRequest` for a name that is longer than any that means something."""
+    for name in names:
+        if len(name) > MAX_NAME_CHARS:
+            raise InvalidRequest(
+                f"a name of {len(name)} characters, expected at most {MAX_NAME_CHARS} @ {name[:20]!r}"
+            )
 
 
 def check_id(request_id: Any) -> None:

@@ -9,7 +9,7 @@ import orjson
 from mlserver.types import InferenceRequest, RequestInput
 
 from mlserver_hftasks.codecs.content import Decoded, decode_tensor, is_content_type
-from mlserver_hftasks.codecs.envelope import check_counts, check_layout
+from mlserver_hftasks.codecs.envelope import check_counts, check_layout, check_names
 from mlserver_hftasks.errors import InvalidRequest, did_you_mean
 
 SCALAR_NAME = "args"
@@ -55,6 +55,7 @@ class Call:
 def decode_request(request: InferenceRequest, names: Names) -> Call:
     """Decode every tensor and parameter of the request. Raises `InvalidRequest`."""
     check_counts(len(request.inputs), len(request.outputs or ()))  # gRPC messages come unchecked
+    check_names(tensor.name for tensor in [*request.inputs, *(request.outputs or ())])
     default = request.parameters.content_type if request.parameters else None
     default = default if is_content_type(default) else None
     inputs: dict[str, list[Any]] = {}
@@ -111,6 +112,7 @@ def count_characters(value: Any, most: int) -> int:
 
 def _request_parameters(request: InferenceRequest, names: Names) -> dict[str, Any]:
     extra = (request.parameters.model_extra if request.parameters else None) or {}
+    check_names(extra)
     return {
         _known(name, names): _from_json(value) if name in names.lists else value
         for name, value in extra.items()

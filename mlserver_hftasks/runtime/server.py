@@ -78,8 +78,13 @@ class BadBody(MLServerError, HTTPException):
 
 
 def _printable(message: str) -> str:
-    """On one line, and short enough for the trailers of gRPC: clients choose some of the words."""
-    cut = message if len(message) <= MAX_MESSAGE_CHARS else f"{message[:MAX_MESSAGE_CHARS]}..."
+    """On one line, and short enough for the trailers of gRPC: clients choose some of the words.
+
+    What is cut is the middle: the end says where.
+    """
+    cut = message
+    if len(message) > MAX_MESSAGE_CHARS:
+        cut = f"{message[: MAX_MESSAGE_CHARS - 150]} ... {message[-150:]}"
     return cut if cut.isprintable() else "".join(c if c.isprintable() else " " for c in cut)
 
 

@@ -56,7 +56,20 @@ CASES = [
         [tensor("inputs", ["a"], shape=[-2])],
         "got the shape [-2], expected a list of sizes",
     ),
-    Case("shape beyond memory", [tensor("inputs", ["a"], shape=[2**60])], "1 elements, expected"),
+    Case("shape beyond memory", [tensor("inputs", ["a"], shape=[2**60])], "expected a list of sizes"),
+    Case(
+        "shape of many dimensions", [tensor("inputs", ["a"], shape=[1] * 400)], "got the shape 400 dimensions"
+    ),
+    Case("a long name", [tensor("é" * 5000, ["a"])], "a name of 5000 characters"),
+    Case("a name of several lines", [tensor("a\nb", ["a"])], "unknown input or parameter 'a b'"),
+    Case(
+        "JSON nested too deeply",
+        [tensor("inputs", ["[" * 900 + "]" * 900], content_type="hg_json")],
+        "nested",
+    ),
+    Case(
+        "many inputs", [tensor(f"a{i}", ["a"]) for i in range(65)], "65 inputs, expected at most 64 @ inputs"
+    ),
     Case("numbers as texts", [tensor("inputs", [1, 2], "INT64")], "got int 1, expected a text @ inputs[0]"),
     Case("floats as texts", [tensor("inputs", [1.5], "FP32")], "expected a text @ inputs[0]"),
     Case("arrays as texts", [tensor("inputs", [1.5], "FP32", "np")], "expected a text @ inputs[0]"),
@@ -188,6 +201,13 @@ def with_tensor(**changes: Any) -> dict[str, Any]:
     return {"inputs": [changed]}
 
 
+def nested(levels: int) -> list[Any]:
+    value: list[Any] = ["a"]
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
 BODIES: list[tuple[str, Any, str]] = [
     ("list", [1], "no list of inputs"),
     ("no inputs key", {}, "no list of inputs"),
@@ -201,6 +221,11 @@ BODIES: list[tuple[str, Any, str]] = [
     ("shape of floats", with_tensor(shape=[1.0]), "got the shape [1.0]"),
     ("shape of booleans", with_tensor(shape=[True]), "got the shape [True]"),
     ("shape astronomic", with_tensor(shape=[10**30]), "got the shape"),
+    ("id of several lines", {**with_tensor(), "id": "a\nb"}, "printable ASCII"),
+    ("id of an emoji", {**with_tensor(), "id": "\N{GRINNING FACE}"}, "printable ASCII"),
+    ("data nested too deeply", with_tensor(data=nested(500)), "nested deeper"),
+    ("shape nested too deeply", with_tensor(shape=nested(900)), "got the shape"),
+    ("parameter nested too deeply", {**with_tensor(), "parameters": {"top_k": nested(900)}}, "@ top_k"),
     ("no datatype", with_tensor(datatype=...), "got the datatype 'None'"),
     (
         "datatype unknown",
@@ -329,7 +354,12 @@ def raw_too_few(message: Any) -> None:
     message.inputs.append(pb.ModelInferRequest.InferInputTensor(name="top_k", datatype="INT64", shape=[1]))
 
 
+def id_of_several_lines(message: Any) -> None:
+    message.id = "a\nb"
+
+
 MESSAGES: list[tuple[str, Callable[[Any], None], str]] = [
+    ("id of several lines", id_of_several_lines, "printable ASCII"),
     ("datatype", set_datatype, "got the datatype 'STRING'"),
     ("contents of another type", two_contents, "got int 4, expected a text @ inputs[0]"),
     ("not UTF-8", not_utf8, "bytes that are not UTF-8"),

@@ -33,7 +33,7 @@ BAD_SETTINGS: list[tuple[str, dict[str, Any], str]] = [
     ("optimum", {"optimum_model": True}, "@ parameters.extra.optimum_model"),
     ("device", {"device": "tpu:9:9"}, "@ parameters.extra.device"),
     ("absent device", {"device": "mps"}, "@ parameters.extra.device"),
-    ("length", {"max_length": 100_000}, "expected 1..128"),
+    ("length", {"max_length": 100_000}, "expected 5..128"),
     ("labels", {"labels": ["a", "b", "c"]}, "@ parameters.extra.labels"),
     ("suffix", {"task_suffix": "_en_to_fr"}, "task_suffix"),
     ("model", {"pretrained_model": "/nowhere/at/all"}, "@ parameters.extra.pretrained_model"),
