@@ -36,8 +36,8 @@ Every tensor name below can be sent as an input of a V2 request; parameters also
 lists. Without `outputs` in the request the answer is one BYTES output, `output`, with one JSON text per
 result; with `outputs` it is the tensors that the request names, and only those.
 
-Of two tensors of one name the last counts; a parameter that comes as a tensor counts before one that comes as a
-request parameter. Unknown names are refused.
+Of two tensors of one name the last counts; a parameter that comes as a tensor counts before one that comes as
+a request parameter. Unknown names are refused.
 """
 
 
