@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
@@ -9,6 +11,11 @@ FloatArray = npt.NDArray[np.float64]
 
 KNEE_EFFICIENCY = 0.95
 """A larger batch is not worth its latency once throughput reaches this share of its limit."""
+
+USUAL_DEVIATION = 0.1
+"""Of predictions from what batches take, until it is known."""
+MOST_DEVIATION = 2.0
+"""One batch that was held up for long says no more than this."""
 
 
 class CostModel:
@@ -22,6 +29,7 @@ class CostModel:
         self._memory = memory
         self._lasting: FloatArray = np.zeros(5)
         self._recent: FloatArray = np.zeros(5)
+        self._variance = USUAL_DEVIATION**2
         self.overhead_s = 0.0
         self.per_token_s = 0.0
 
@@ -35,8 +43,14 @@ class CostModel:
         if lasting:
             self._lasting += sums
         else:
+            self._learn_deviation(cost, seconds)
             self._recent = self._memory * self._recent + sums
         self._solve()
+
+    def _learn_deviation(self, cost: int, seconds: float) -> None:
+        if self.knows:
+            missed = min(seconds / max(self.seconds(cost), 1e-9) - 1, MOST_DEVIATION)
+            self._variance = self._memory * self._variance + (1 - self._memory) * missed**2
 
     def _solve(self) -> None:
         weight, x, y, xx, xy = (float(value) for value in self._lasting + self._recent)
@@ -47,6 +61,11 @@ class CostModel:
             overhead = (y - slope * x) / weight
             if overhead > 0:
                 self.overhead_s, self.per_token_s = overhead, slope
+
+    @property
+    def deviation(self) -> float:
+        """Root mean square of how far predictions were off, as a share of what was predicted."""
+        return math.sqrt(self._variance)
 
     @property
     def knows(self) -> bool:

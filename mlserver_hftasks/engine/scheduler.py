@@ -29,9 +29,10 @@ PATIENCE = 4.0
 and hold up everybody, before it is done even on a device that it has almost for itself."""
 LEAST_BUDGET_TOKENS = 16
 """The same where a latency target asks for small batches."""
-ADMISSION_SHARE = 0.8
-"""Share of the latency target that the predicted latency may take: predictions have errors, and decoding
-and encoding take time too."""
+SPARE_SHARE = 0.05
+"""Share of the latency target that is left to decoding and encoding."""
+DEVIATIONS = 2.2
+"""How many deviations of its predictions admission allows for: a few batches in a row may all be slow."""
 MAX_MISFITS = 8
 """How many jobs whose next row does not fit are passed over before a packed batch is closed."""
 POOL_FACTOR = 4
@@ -116,11 +117,11 @@ class Scheduler:
         if target is None or not self.cost.knows:
             return
         waits, latency = self.predicted_latency_s(tokens, now)
-        if waits and latency > ADMISSION_SHARE * target:
+        allowed = self.admission_share * target
+        if waits and latency > allowed:
             raise Overloaded(
-                f"the predicted latency is {1e3 * latency:.0f} ms, expected at most "
-                f"{1e3 * ADMISSION_SHARE * target:.0f} ms, which leaves some of the target to everything "
-                "else @ latency_target_ms",
+                f"the predicted latency is {1e3 * latency:.0f} ms, expected at most {1e3 * allowed:.0f} ms, "
+                "the target less what predictions are usually off @ latency_target_ms",
                 retry_after_s=latency,
             )
 
@@ -243,9 +244,14 @@ class Scheduler:
         budget = max(min(self.cost.knee_tokens, self.limits.max_batch_tokens), MIN_BUDGET_TOKENS)
         target = self.limits.latency_target_s
         if target is not None and self.cost.per_token_s > 0:
-            batch_s = ADMISSION_SHARE * target / 2
+            batch_s = self.admission_share * target / 2
             budget = min(budget, (batch_s - self.cost.overhead_s) / self.cost.per_token_s)
         return int(min(max(budget, LEAST_BUDGET_TOKENS), self.limits.max_batch_tokens))
+
+    @property
+    def admission_share(self) -> float:
+        """Share of the latency target that a predicted latency may take, so that the real one keeps it."""
+        return (1 - SPARE_SHARE) / (1 + DEVIATIONS * self.cost.deviation)
 
     def seconds_of(self, tokens: int) -> float:
         """Predicted seconds to run that many tokens in batches of the budget."""

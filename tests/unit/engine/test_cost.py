@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlserver_hftasks.engine.cost import KNEE_EFFICIENCY, CostModel
+from mlserver_hftasks.engine.cost import KNEE_EFFICIENCY, USUAL_DEVIATION, CostModel
 
 OVERHEAD_S, PER_TOKEN_S = 4e-3, 2e-4
 
@@ -113,3 +113,17 @@ def test_never_negative_never_nan(observations: list[tuple[int, float, bool]]) -
         assert 0 <= model.per_token_s < math.inf
         assert model.knee_tokens >= 0
         assert model.seconds(1) <= model.seconds(1000)
+
+
+def test_the_deviation_is_that_of_the_predictions() -> None:
+    generator = np.random.default_rng(0)
+    model = CostModel()
+    for cost in (10, 100, 1000):
+        model.observe(cost, 0.004 + 1e-4 * cost, lasting=True)
+    assert model.deviation == USUAL_DEVIATION
+    for share in (0.3, 0.02):
+        for cost in generator.integers(10, 1000, 400).tolist():
+            model.observe(cost, (0.004 + 1e-4 * cost) * (1 + share * generator.standard_normal()))
+        assert model.deviation == pytest.approx(share, rel=0.4)
+    model.observe(100, 1000.0)
+    assert model.deviation < 0.5, "one batch that was held up is not all there is"

@@ -16,7 +16,6 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 from mlserver_hftasks.engine.cost import CostModel
 from mlserver_hftasks.engine.rows import Batch, Job, Row
 from mlserver_hftasks.engine.scheduler import (
-    ADMISSION_SHARE,
     LEAST_BUDGET_TOKENS,
     MIN_BUDGET_TOKENS,
     Limits,
@@ -392,7 +391,7 @@ def test_budget_is_the_knee_within_the_limits() -> None:
 def test_with_a_target_two_batches_fit_into_what_admission_allows() -> None:
     made = scheduler(cost=cost_model(overhead_s=0.02), latency_target_s=0.75)
     assert made.cost.seconds(made.budget_tokens) == pytest.approx(
-        ADMISSION_SHARE * 0.75 / 2, abs=2 * PER_TOKEN_S
+        made.admission_share * 0.75 / 2, abs=2 * PER_TOKEN_S
     )
 
 
