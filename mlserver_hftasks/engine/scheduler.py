@@ -31,7 +31,7 @@ LEAST_BUDGET_TOKENS = 16
 """The same where a latency target asks for small batches."""
 SPARE_SHARE = 0.05
 """Share of the latency target that is left to decoding and encoding."""
-DEVIATIONS = 2.2
+DEVIATIONS = 2.6
 """How many deviations of its predictions admission allows for: a few batches in a row may all be slow."""
 MAX_MISFITS = 8
 """How many jobs whose next row does not fit are passed over before a packed batch is closed."""
