@@ -57,9 +57,9 @@ GRPC_CODES = {
 }
 MAX_MESSAGE_CHARS = 600
 SWITCH_INTERVAL_S = 2e-4
-"""How long a thread may keep the interpreter while another wants it. torch gives it back at every operator, so
-with Python's own 5 ms a busy event loop can hold up the device that often. The gain measured is small: under
-overload 0.87 against 0.84 of capacity, with spreads that overlap."""
+"""How long a thread may keep the interpreter while another wants it. torch gives it back at every operator,
+so with Python's own 5 ms a busy event loop can hold up the device that often. The gain measured is small:
+under overload 0.87 against 0.84 of capacity, with spreads that overlap."""
 _RETRY_AFTER = re.compile(r"; retry after (\d+) s$")
 
 _body_limits: dict[str, int] = {}
