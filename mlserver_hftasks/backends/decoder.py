@@ -24,6 +24,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
+from mlserver_hftasks.backends.base import Description
 from mlserver_hftasks.backends.sampling import choose
 from mlserver_hftasks.engine.sequences import Choice, Chunk
 
@@ -107,7 +108,9 @@ class StepCache:
         return cumulative, starts_, used_, max(span.count for span in self.spans), max(used)
 
     def _memory(self, like: torch.Tensor) -> torch.Tensor:
-        return like.new_zeros(self.tokens, *like.shape[1:])
+        # On a CPU memory that was never written takes no room, and what was not written is never read.
+        make = like.new_empty if like.device.type == "cpu" else like.new_zeros
+        return make(self.tokens, *like.shape[1:])
 
 
 def cached_attention(
@@ -204,14 +207,23 @@ def _attend_each(
 
 
 class TorchDecoder:
-    """Steps through a decoder-only model of transformers; see `engine.sequences.Stepper`."""
+    """Steps through a decoder-only model of transformers; see `engine.sequences.Stepper`.
+
+    `model` is this class's own: its attention changes. Raises TypeError if that is not behind
+    `AttentionInterface`.
+    """
 
     def __init__(self, model: PreTrainedModel, *, device: torch.device, cache_tokens: int) -> None:
-        self.model = model.eval().requires_grad_(False).to(device)
+        if not model._supports_attention_backend:
+            raise TypeError("its attention is not behind AttentionInterface")
+        model.set_attn_implementation(ATTENTION_NAME)
+        self._model = model.eval().requires_grad_(False).to(device)
         self.cache_tokens = cache_tokens
         self._device = device
         self._cache = StepCache(cache_tokens, device)
-        self._plain_attention = model.config._attn_implementation
+        self.description = Description(
+            "torch", str(device), str(model.dtype).removeprefix("torch."), "continuous"
+        )
 
     def step(self, chunks: Sequence[Chunk]) -> Sequence[Choice | None]:
         """See `engine.sequences.Stepper`."""
@@ -227,6 +239,13 @@ class TorchDecoder:
                 results[index] = next(chosen)
         return results
 
+    def close(self) -> None:
+        """Give the memory back; `step` must not be called again."""
+        self._cache.release()
+        del self._model
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def logits(self, chunks: Sequence[Chunk]) -> torch.Tensor:
         """Logits after each of the chunks that choose, [n, vocabulary], as float32.
 
@@ -236,13 +255,14 @@ class TorchDecoder:
         ends = np.cumsum([chunk.count for chunk in chunks]) - 1
         wanted = [int(end) for end, chunk in zip(ends, chunks, strict=True) if chunk.chooses] or [0]
         positions = self._cache.begin(chunks)
-        output = self.model(
-            input_ids=torch.from_numpy(tokens).to(self._device)[None],
-            position_ids=positions[None],
-            attention_mask=None,
-            use_cache=False,
-            logits_to_keep=torch.tensor(wanted, device=self._device),
-            step_cache=self._cache,
-        )
+        with torch.inference_mode():
+            output = self._model(
+                input_ids=torch.from_numpy(tokens).to(self._device)[None],
+                position_ids=positions[None],
+                attention_mask=None,
+                use_cache=False,
+                logits_to_keep=torch.tensor(wanted, device=self._device),
+                step_cache=self._cache,
+            )
         logits: torch.Tensor = output.logits[0]
         return logits.float()

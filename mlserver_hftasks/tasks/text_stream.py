@@ -19,17 +19,25 @@ class TextStream:
     """The text of one answer as its tokens come.
 
     `decode` turns tokens into text. The first of `stops` ends the answer: its text is what came before, or
-    with `keep_stop` what came up to the end of that token.
+    with `keep_stop` what came up to the end of that token. `context` are the tokens before the first, beside
+    which it is decoded; they are no part of the text.
     """
 
-    def __init__(self, decode: Decode, stops: Sequence[str] = (), *, keep_stop: bool = False) -> None:
+    def __init__(
+        self,
+        decode: Decode,
+        stops: Sequence[str] = (),
+        *,
+        keep_stop: bool = False,
+        context: Sequence[int] = (),
+    ) -> None:
         self._decode = decode
         self._stops = tuple(stops)
         self._keep_stop = keep_stop
         self._longest_stop = max(map(len, stops), default=0)
-        self._window: list[int] = []
+        self._window: list[int] = list(context)
         """The last tokens that were decoded, then those that wait for the rest of a character."""
-        self._decoded = 0
+        self._decoded = len(self._window)
         """How many of the window's tokens are decoded."""
         self._text = ""
         """Decoded text that is held back."""
