@@ -11,7 +11,7 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from mlserver_hftasks.engine.sequences import (
@@ -131,7 +131,7 @@ class Generator:
 
     async def stream(
         self, prompts: Sequence[Prompt], *, deadline: float | None = None
-    ) -> AsyncIterator[Sequence[NewToken]]:
+    ) -> AsyncGenerator[Sequence[NewToken], None]:
         """Each token as it comes: all that came since the last time, at least one. Raises as `run`.
 
         Closing the iterator ends the generation within a step.

@@ -158,7 +158,8 @@ class Answer:
     """One answer to one item."""
 
     tokens: list[int]
-    finish: FinishReason
+    finish: FinishReason | None
+    """None of a piece that is not the last."""
     logprobs: list[float]
     text: str = ""
 
@@ -192,7 +193,9 @@ def answer_tensors(answers: Sequence[Sequence[Answer]]) -> dict[str, Tensor]:
 
     return {
         "generated_text": table("BYTES", [answer.text for answer in flat], np.object_),
-        "finish_reason": table("BYTES", [answer.finish.value for answer in flat], np.object_),
+        "finish_reason": table(
+            "BYTES", [answer.finish.value if answer.finish else "" for answer in flat], np.object_
+        ),
         "generated_tokens": table("INT64", [len(answer.tokens) for answer in flat], np.int64),
         "token_ids": ragged("INT64", [answer.tokens for answer in flat], -1),
         "logprobs": ragged("FP32", [answer.logprobs for answer in flat], 0.0),

@@ -14,6 +14,7 @@ TASKS: dict[str, str] = {
     "question-answering": "question_answering.QuestionAnswering",
     "sentence-embedding": "sentence_embedding.SentenceEmbedding",
     "text-classification": "text_classification.TextClassification",
+    "text-generation": "text_generation.TextGeneration",
     "text-ranking": "text_ranking.TextRanking",
     "token-classification": "token_classification.TokenClassification",
     "zero-shot-classification": "zero_shot_classification.ZeroShotClassification",
@@ -22,6 +23,7 @@ TASKS: dict[str, str] = {
 ALIASES: dict[str, str] = {
     "sentiment-analysis": "text-classification",
     "ner": "token-classification",
+    "conversational": "text-generation",
     "sentence-similarity": "sentence-embedding",
     "embedding": "sentence-embedding",
     "reranking": "text-ranking",

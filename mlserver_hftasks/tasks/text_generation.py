@@ -17,7 +17,7 @@ from mlserver_hftasks.engine.sequences import FinishReason, Prompt
 from mlserver_hftasks.errors import InvalidRequest
 from mlserver_hftasks.tasks.base import Answered, Example, ModelFacts, Task
 from mlserver_hftasks.tasks.chat import Chat, chats_of, is_chat, rendered
-from mlserver_hftasks.tasks.decoding import Answer, Choices, answers_of, answer_tensors
+from mlserver_hftasks.tasks.decoding import Answer, Choices, answer_tensors, answers_of
 from mlserver_hftasks.tasks.generation import GenerationParameters
 from mlserver_hftasks.tasks.signature import InputSpec, OutputSpec, Signature, Tensor
 from mlserver_hftasks.tasks.text import TruncationChoice, truncation_of
@@ -132,7 +132,7 @@ class TextGeneration(Task[TextGenerationParameters]):
     ) -> Mapping[str, Any]:
         """Finish reasons and token counts, for the response's parameters."""
         answers = [answer for item in answered for answer in answers_of(item)]
-        return summary_of([answer.finish for answer in answers]) | {
+        return summary_of([answer.finish for answer in answers if answer.finish]) | {
             "prompt_tokens": sum(len(item.example.context.tokens) for item in answered),
             "generated_tokens": sum(len(answer.tokens) for answer in answers),
         }
@@ -140,6 +140,19 @@ class TextGeneration(Task[TextGenerationParameters]):
     def writer(self, example: Example, parameters: TextGenerationParameters) -> TextStream:
         """What turns the new tokens of one answer into text as they come."""
         return self._writer(example.context.tokens, parameters)
+
+    def piece(self, piece: Answer, parameters: TextGenerationParameters) -> dict[str, Any]:
+        """A piece of one answer as a result: its new text or tokens."""
+        key, value = (
+            ("generated_token_ids", piece.tokens)
+            if parameters.return_tensors
+            else ("generated_text", piece.text)
+        )
+        return {key: value} | ({"logprobs": piece.logprobs} if parameters.logprobs else {})
+
+    def piece_tensors(self, piece: Answer) -> Mapping[str, Tensor]:
+        """The typed outputs of a piece, of one item with one answer."""
+        return answer_tensors([[piece]])
 
     # -- prompts ---------------------------------------------------------------------------------
 
