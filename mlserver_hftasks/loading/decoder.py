@@ -17,7 +17,7 @@ logger = logging.getLogger("mlserver.hftasks")
 
 USUAL_SEQUENCES = 64
 USUAL_TOKENS = 2048
-"""Where memory allows, the cache has room for so many sequences of so many tokens (or what the model takes)."""
+"""Where memory allows, the cache has room for so many sequences of so many tokens, or as many as fit."""
 SHARE_OF_MEMORY = {"cpu": 0.25}
 """Of what is free, for the cache; 0.8 on other devices, whose memory nothing else needs."""
 USUAL_MEMORY = 4 * 2**30

@@ -29,6 +29,8 @@ TASK_OF_HEAD = {
     "ForTokenClassification": "token-classification",
     "ForQuestionAnswering": "question-answering",
     "ForMaskedLM": "fill-mask",
+    "ForConditionalGeneration": "text2text-generation",
+    "MTModel": "translation",
     "ForCausalLM": "text-generation",
     "LMHeadModel": "text-generation",
     "Model": "feature-extraction",
@@ -69,9 +71,12 @@ def load(settings: Settings) -> Served:
     device = _device(settings.device)
     source = Source(settings)
     config = source.config()
-    kind = task_class(canonical_name(settings.task or _infer_task(config, source.folder)))
+    asked_as = (settings.task or _infer_task(config, source.folder)) + settings.task_suffix
+    kind = task_class(canonical_name(asked_as))
     tokenizer = source.tokenizer()
     model = source.model(kind.head, config, device)
+    generation_config = getattr(model, "generation_config", None) or GenerationConfig()
+    kind.configure(asked_as, config, generation_config)
     encoder = Encoder(tokenizer, max_tokens_of(settings.max_length, tokenizer, model))
     cache_tokens = ItemLimits().cache_tokens
     if kind.head.generates and not config.is_encoder_decoder:
@@ -90,8 +95,9 @@ def load(settings: Settings) -> Served:
             settings.max_prompt_tokens,
             cache_tokens,
         ),
-        generation_config=getattr(model, "generation_config", None) or GenerationConfig(),
+        generation_config=generation_config,
         folder=str(source.folder),
+        asked_as=asked_as,
     )
     task = kind(facts)
     pad_token_id = pad_token_id_of(tokenizer, model)

@@ -40,6 +40,15 @@ NEEDS_GENERATE: dict[str, Any] = {
 }
 """What only `generate()` does, and the value of each without effect."""
 
+TOKEN_IDS = (
+    "suppress_tokens",
+    "eos_token_id",
+    "bad_words_ids",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+)
+"""Parameters that are token ids."""
+
 
 class Choices:
     """A request's parameters, else the model's `generation_config`, else the usual."""
@@ -47,6 +56,8 @@ class Choices:
     def __init__(self, model: ModelFacts) -> None:
         self._config = model.generation_config
         self._model = model
+        self._room = min(model.encoder.max_tokens, model.limits.cache_tokens)
+        """Tokens of a prompt and its answer together."""
         self._vocabulary = len(model.encoder.tokenizer)
 
     def check(self, parameters: GenerationParameters) -> None:
@@ -54,14 +65,16 @@ class Choices:
         limit = self._model.limits.max_new_tokens
         if parameters.max_new_tokens is not None and parameters.max_new_tokens > limit:
             raise InvalidRequest(f"got {parameters.max_new_tokens}, expected 1..{limit} @ max_new_tokens")
-        several = (parameters.num_return_sequences or 1) > 1
-        if several and not self._value(parameters, "do_sample") and (parameters.num_beams or 1) == 1:
+        answers, beams = parameters.num_return_sequences or 1, self._value(parameters, "num_beams") or 1
+        if 1 < beams < answers:
+            raise InvalidRequest(f"got {answers}, expected 1..{beams} as num_beams @ num_return_sequences")
+        if answers > 1 and beams == 1 and not self._value(parameters, "do_sample"):
             raise InvalidRequest(
                 "several answers without do_sample would be equal, expected do_sample=true or num_beams "
                 "@ num_return_sequences"
             )
         size = getattr(self._model.config.get_text_config(), "vocab_size", self._vocabulary)
-        for name in ("suppress_tokens", "eos_token_id", "bad_words_ids", "forced_bos_token_id"):
+        for name in TOKEN_IDS:
             worst = max(_flat(getattr(parameters, name)), default=0)
             if worst >= size:
                 raise InvalidRequest(f"got the token id {worst}, expected 0..{size - 1} @ {name}")
@@ -75,21 +88,24 @@ class Choices:
 
     def max_new_tokens(self, prompt_tokens: int, parameters: GenerationParameters, where: str) -> int:
         """Most new tokens: as asked, but no more than fit behind the prompt. Raises `InvalidRequest`."""
-        limits = self._model.limits
-        room = min(self._model.encoder.max_tokens, limits.cache_tokens) - prompt_tokens
-        most = (
-            self._model.encoder.max_tokens - 1
-            if limits.max_prompt_tokens is None
-            else limits.max_prompt_tokens
-        )
-        if prompt_tokens > most or room < 1:
-            most = min(most, prompt_tokens + room - 1)
+        most = self.max_prompt_tokens
+        if prompt_tokens > most:
             raise InvalidRequest(
                 f"a prompt of {prompt_tokens} tokens, expected at most {most}: shorten it, or send the "
                 f"parameter truncation=true @ {where}"
             )
         asked = self._asked(prompt_tokens, parameters, where)
-        return max(min(asked, room, limits.max_new_tokens), 1)
+        return max(min(asked, self._room - prompt_tokens, self._model.limits.max_new_tokens), 1)
+
+    def truncated_tokens(self, parameters: GenerationParameters) -> int:
+        """What a prompt is cut to: it leaves room for as many new tokens as the request asks for."""
+        return max(min(self.max_prompt_tokens, self._room - (parameters.max_new_tokens or 1)), 1)
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Most tokens of a prompt."""
+        setting = self._model.limits.max_prompt_tokens
+        return self._room - 1 if setting is None else min(setting, self._room - 1)
 
     def min_new_tokens(self, prompt_tokens: int, parameters: GenerationParameters) -> int:
         """No end before so many."""
@@ -109,6 +125,11 @@ class Choices:
             repetition_penalty=self._value(parameters, "repetition_penalty") or 1.0,
             suppressed=tuple(self._value(parameters, "suppress_tokens") or ()),
         )
+
+    def width(self, parameters: GenerationParameters) -> int:
+        """Sequences that `generate()` runs side by side for one prompt."""
+        beams, answers = (self._value(parameters, name) for name in ("num_beams", "num_return_sequences"))
+        return max(beams or 1, answers or 1)
 
     def eos(self, parameters: GenerationParameters) -> frozenset[int]:
         """The tokens that end an answer."""
@@ -177,6 +198,13 @@ def answers_of(answered: Answered) -> list[Answer]:
         finish = FINISH_REASONS[outputs["finish"][index]]
         found.append(Answer(outputs["sequences"][index, :length].tolist(), finish, logprobs))
     return found
+
+
+def summary_of(reasons: Sequence[FinishReason]) -> dict[str, Any]:
+    """The finish reason of one answer; of several as JSON, since gRPC has no list parameters."""
+    names = [reason.value for reason in reasons]
+    shown = names[0] if len(names) == 1 else str(names).replace("'", '"')
+    return {"finish_reason": shown}
 
 
 def answer_tensors(answers: Sequence[Sequence[Answer]]) -> dict[str, Tensor]:

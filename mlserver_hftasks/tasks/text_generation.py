@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -17,7 +17,7 @@ from mlserver_hftasks.engine.sequences import FinishReason, Prompt
 from mlserver_hftasks.errors import InvalidRequest
 from mlserver_hftasks.tasks.base import Answered, Example, ModelFacts, Task
 from mlserver_hftasks.tasks.chat import Chat, chats_of, is_chat, rendered
-from mlserver_hftasks.tasks.decoding import Answer, Choices, answer_tensors, answers_of
+from mlserver_hftasks.tasks.decoding import Answer, Choices, answer_tensors, answers_of, summary_of
 from mlserver_hftasks.tasks.generation import GenerationParameters
 from mlserver_hftasks.tasks.signature import InputSpec, OutputSpec, Signature, Tensor
 from mlserver_hftasks.tasks.text import TruncationChoice, truncation_of
@@ -194,6 +194,8 @@ class TextGeneration(Task[TextGenerationParameters]):
             for index, source in enumerate(sources)
         ]
         truncation = truncation_of(self.model, parameters.truncation, None)
+        if truncation is not None:
+            truncation = replace(truncation, max_length=self._choices.truncated_tokens(parameters))
         full = [index for index, text in enumerate(texts) if text]
         encodings = self.model.encoder.encode(
             [texts[index] for index in full], truncation, special=special, where=where
@@ -231,7 +233,7 @@ class TextGeneration(Task[TextGenerationParameters]):
         decoding = Decoding(
             self._choices.max_new_tokens(len(tokens), parameters, where),
             self._choices.min_new_tokens(len(tokens), parameters),
-            max(parameters.num_beams or 1, parameters.num_return_sequences or 1),
+            self._choices.width(parameters),
             parameters.seed,
         )
         key = GenerateKey.of(
@@ -297,13 +299,6 @@ class TextGeneration(Task[TextGenerationParameters]):
         if parameters.return_full_text is False:
             return text
         return source.answered(text) if isinstance(source, Chat) else source + text
-
-
-def summary_of(reasons: Sequence[FinishReason]) -> dict[str, Any]:
-    """The finish reason of one answer; of several as JSON, since gRPC has no list parameters."""
-    names = [reason.value for reason in reasons]
-    shown = names[0] if len(names) == 1 else str(names).replace("'", '"')
-    return {"finish_reason": shown}
 
 
 def _is_one_chat(values: Sequence[Any]) -> bool:
