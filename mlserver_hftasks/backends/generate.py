@@ -22,13 +22,15 @@ from transformers.generation.logits_process import NoRepeatNGramLogitsProcessor
 from transformers.modeling_outputs import BaseModelOutput
 
 from mlserver_hftasks.backends.base import Description
-from mlserver_hftasks.backends.steering import Decode, Draw, Processor, Unpadded, Watch, warpers_of
+from mlserver_hftasks.backends.steering import WARPERS, Decode, Draw, Processor, Unpadded, Watch, warpers_of
 from mlserver_hftasks.engine.rows import Decoding, FloatArray, IntArray, Outputs, Row
 from mlserver_hftasks.engine.sequences import FinishReason
 
 FINISH_REASONS = tuple(FinishReason)
 """The output `finish` holds indices into it."""
 LENGTHS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens")
+OF_BEAMS = ("early_stopping", "length_penalty")
+"""Settings that mean nothing without beams."""
 PROBE = Decoding(max_new_tokens=8)
 """How far a row is continued that does not say: those of the warm-up."""
 
@@ -103,8 +105,9 @@ class GenerateBackend:
         decodings = [_decoding(row) for row in rows]
         inputs, padding = self._collate(rows)
         prompt_tokens = 1 if self._follows_encoder else inputs["input_ids"].shape[1]
-        config.max_length = prompt_tokens + max(decoding.max_new_tokens for decoding in decodings)
-        least = decodings[0].min_new_tokens
+        most = max(decoding.max_new_tokens for decoding in decodings)
+        least = min(decodings[0].min_new_tokens, most)
+        config.max_length = prompt_tokens + most
         config.min_length = prompt_tokens + least if least else 0
         answers, beams = config.num_return_sequences or 1, _beams(config) > 1
         watch = Watch(decodings, prompt_tokens, _token_ids(config.eos_token_id), key.stop, self._decode)
@@ -131,6 +134,8 @@ class GenerateBackend:
             seeds = [decoding.seed for decoding in decodings]
             made.append(Draw(warpers_of(config, self._device), seeds, self._device))
             config.do_sample = False
+            for name, _, _ in WARPERS:
+                setattr(config, name, None)
         if _beams(config) == 1:
             config.num_return_sequences = 1  # the inputs are repeated
         return made
@@ -145,6 +150,10 @@ class GenerateBackend:
         config = copy.deepcopy(self._defaults)
         for name, value in key.arguments:
             setattr(config, name, _thawed(value))
+        unused = [] if config.do_sample else [*(name for name, _, _ in WARPERS), "eta_cutoff"]
+        unused += OF_BEAMS if _beams(config) == 1 else ()
+        for name in unused:  # of which generate() would complain
+            setattr(config, name, None)
         if not self._follows_encoder:
             config.forced_bos_token_id = None  # the first token is the prompt's
         config.return_dict_in_generate, config.output_scores = True, False

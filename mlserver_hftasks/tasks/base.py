@@ -51,6 +51,8 @@ class ModelFacts:
     generation_config: GenerationConfig = field(default_factory=GenerationConfig)
     folder: str | None = None
     """Local folder of the model's files, where there is one."""
+    asked_as: str = ""
+    """The task as the settings name it, which may say more than its own name: `translation_en_to_fr`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,11 @@ class Task(ABC, Generic[P]):
 
     def __init__(self, model: ModelFacts) -> None:
         self.model = model
+
+    @classmethod
+    def configure(cls, name: str, config: PretrainedConfig, generation: GenerationConfig) -> None:
+        """Change how the model generates to what its config says of the task, asked for by that name."""
+        return
 
     @abstractmethod
     def examples(self, inputs: Mapping[str, Sequence[Any]], parameters: P) -> list[Example]:

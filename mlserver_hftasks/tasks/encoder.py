@@ -104,7 +104,7 @@ class Encoder:
                             texts[index], truncation, words, special, f"{where}[{index}]"
                         )
         for index, encoding in enumerate(encodings):
-            self._check_length(len(encoding.ids), f"{where}[{index}]", limited)
+            self.check_length(len(encoding.ids), f"{where}[{index}]", limited=limited)
         return encodings
 
     def encode_as_fits(self, texts: Sequence[str]) -> list[Encoding]:
@@ -122,7 +122,8 @@ class Encoder:
         """How many special tokens a text or a pair gets."""
         return int(self.tokenizer.num_special_tokens_to_add(pair=pair))
 
-    def _check_length(self, length: int, where: str, limited: bool) -> None:
+    def check_length(self, length: int, where: str, *, limited: bool = True) -> None:
+        """Raises `InvalidRequest` for a text without tokens, or with more than the model takes."""
         if length < 1:
             raise InvalidRequest(f"a text without tokens, expected at least one @ {where}")
         if limited and length > self.max_tokens:

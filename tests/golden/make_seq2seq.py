@@ -43,7 +43,7 @@ from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from tests import tiny
 
@@ -53,7 +53,7 @@ NOISE = 1e-4
 SHORT = "The harbour was quiet."
 MEDIUM = "Anna Keller opened the shutters of the river museum in Berlin, and two ferries left for Morrow."
 LONG = f"{MEDIUM} It was 6:45 and nobody had paid for the coffee yet. The mayor met Dr. O'Neill."
-UNICODE = "Zürich → Genève 東京 привет 🎉 naïve"  # noqa: RUF001
+UNICODE = "Zürich → Genève 東京 привет 🎉 naïve"
 SPACES = "  Two   ferries  left \n for\tMorrow ,  at 6:45 !! "
 TEXTS = (SHORT, MEDIUM, LONG, UNICODE, SPACES)
 TOO_LONG = MEDIUM * 12
@@ -89,6 +89,7 @@ BART_GENERATION = {
     "no_repeat_ngram_size": 3,
     "early_stopping": True,
     "forced_bos_token_id": 0,
+    "forced_eos_token_id": 2,
 }
 
 # -------------------------------------------------------------------- models
@@ -122,13 +123,14 @@ def build_bart(folder: Path) -> None:
     rust = tiny.tokenizer_of("bart").backend_tokenizer
     tokenizer = transformers.BartTokenizerFast(tokenizer_object=rust, model_max_length=tiny.MAX_TOKENS)
     build("bart", tokenizer, folder)
-    config = transformers.GenerationConfig.from_pretrained(folder)
-    config.update(**BART_GENERATION)
-    config.save_pretrained(folder)
+    # A new one: version 4 does not heed a file that says of itself that it was derived from config.json.
+    special = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+    transformers.GenerationConfig(**BART_GENERATION, **special).save_pretrained(folder)
 
 
 def build_t5(folder: Path) -> None:
-    rust = tiny.tokenizer_of("t5").backend_tokenizer
+    rust = unigram(["<pad>", "</s>", "<unk>"])
+    rust.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     tokenizer = transformers.T5TokenizerFast(
         tokenizer_object=rust, extra_ids=0, model_max_length=tiny.MAX_TOKENS
     )
@@ -136,16 +138,22 @@ def build_t5(folder: Path) -> None:
 
 
 def build_mbart(folder: Path) -> None:
-    pieces = json.loads(tiny.tokenizer_of("t5").backend_tokenizer.to_str())["model"]["vocab"][3:]
-    special = [(token, 0.0) for token in ("<s>", "<pad>", "</s>", "<unk>")]
-    rust = Tokenizer(models.Unigram([*special, *map(tuple, pieces)], 3, False))
-    space = {"replacement": "▁", "prepend_scheme": "always", "split": True}
-    rust.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(**space)]
-    )
-    rust.decoder = decoders.Metaspace(**space)
+    rust = unigram(["<s>", "<pad>", "</s>", "<unk>"])
     tokenizer = transformers.MBartTokenizerFast(tokenizer_object=rust, model_max_length=tiny.MAX_TOKENS)
     build("mbart", tokenizer, folder)
+
+
+def unigram(special: list[str]) -> Tokenizer:
+    """Pieces and white space as SentencePiece has them; special tokens come first, the unknown one last."""
+    pieces = json.loads(tiny.tokenizer_of("t5").backend_tokenizer.to_str())["model"]["vocab"][3:]
+    vocabulary = [*((token, 0.0) for token in special), *map(tuple, pieces)]
+    made = Tokenizer(models.Unigram(vocabulary, len(special) - 1, False))
+    space = {"replacement": "▁", "prepend_scheme": "always", "split": True}
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(**space)]
+    )
+    made.decoder = decoders.Metaspace(**space)
+    return made
 
 
 def build_m2m(folder: Path) -> None:
