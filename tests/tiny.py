@@ -7,6 +7,7 @@ made once per process and removed at its end.
 from __future__ import annotations
 
 import atexit
+import copy
 import functools
 import hashlib
 import json
@@ -38,6 +39,11 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 HeadName = Literal["sequence", "token", "mask", "qa", "base", "causal", "seq2seq"]
 
 CORPUS = Path(__file__).with_name("corpus.txt")
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m.role not in ['user', 'assistant', 'system'] %}"
+    "{{ raise_exception('roles are user and assistant') }}{% endif %}"
+    "{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
 MAX_TOKENS = 128
 """The longest text that any of the models takes."""
 
@@ -169,6 +175,16 @@ def _folder(architecture: str, head: HeadName, labels: tuple[str, ...] | None, o
     if head in GENERATING:
         _make_talkative(model, tokenizer.eos_token_id)
     model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@functools.cache
+def chat_tokenizer(architecture: str) -> Path:
+    """A folder with the family's tokenizer and a chat template."""
+    path = _root() / f"{architecture}-chat"
+    tokenizer = copy.deepcopy(tokenizer_of(architecture))
+    tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(path)
     return path
 

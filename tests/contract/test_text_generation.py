@@ -29,11 +29,7 @@ PROMPTS = (
     "Grüße aus Köln 🙂",
     "a b c d e f g h",
 )
-TEMPLATE = (
-    "{% for m in messages %}{% if m.role not in ['user', 'assistant', 'system'] %}"
-    "{{ raise_exception('roles are user and assistant') }}{% endif %}"
-    "{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
-)
+TEMPLATE = tiny.CHAT_TEMPLATE
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -311,7 +307,7 @@ def test_every_form_of_a_chat(inputs: dict[str, Any], monkeypatch: pytest.Monkey
     ((entry,),) = results(model, inputs, max_new_tokens=8)
     *asked, told = entry["generated_text"]
     assert asked == CHAT
-    prompt = TEMPLATE and "user: Who paid for the coffee?\nassistant:"
+    prompt = "user: Who paid for the coffee?\nassistant:"
     (wanted,) = together(model, [(prompt, {"max_new_tokens": 8, "add_special_tokens": False})])
     assert told == {"role": "assistant", "content": wanted}
 
