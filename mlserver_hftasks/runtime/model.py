@@ -210,7 +210,10 @@ def _load(settings: Settings, cost: CostModel) -> Served:
         served = load(settings)
         if settings.warmup and served.decoder is None:  # a decoder's probe has warmed it up
             rows_of = functools.partial(probe_rows, served.task.model.encoder)
-            warm_up(served.backend, served.backend.padded, cost, rows_of)
+            if served.task.head.generates:  # what a row costs hangs on what a request asks for
+                served.backend.forward(rows_of((4, 16)))
+            else:
+                warm_up(served.backend, served.backend.padded, cost, rows_of)
         # Looking through all objects of torch and transformers would stop the event loop for half a second.
         gc.collect()
         gc.freeze()
