@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import functools
-import gc
 import logging
 import threading
 from collections.abc import Iterator
@@ -22,6 +20,7 @@ from mlserver_hftasks.engine.warmup import warm_up
 from mlserver_hftasks.errors import ForwardFailed, HFTasksError, Unavailable
 from mlserver_hftasks.loading import Served, load, probe_rows
 from mlserver_hftasks.metrics import ModelMetrics
+from mlserver_hftasks.runtime import memory
 from mlserver_hftasks.runtime.configuration import limits_of, settings_of, take_over_batching
 from mlserver_hftasks.runtime.metadata import described
 from mlserver_hftasks.runtime.server import as_mlserver_error, limit_body, prepare_server
@@ -89,7 +88,7 @@ class HFTasksRuntime(mlserver.MLModel):
         await service.batcher.close()
         served.backend.close()
         del served, service
-        await asyncio.to_thread(_give_memory_back)
+        await asyncio.to_thread(memory.give_back)
         return True
 
     async def metadata(self) -> MetadataModelResponse:
@@ -154,14 +153,13 @@ class HFTasksRuntime(mlserver.MLModel):
 
 def _load(settings: Settings, cost: CostModel) -> Served:
     with _loading:
+        memory.keep_heaps_small()
         _set_threads(settings)
         served = load(settings)
         if settings.warmup:
             rows_of = functools.partial(probe_rows, served.task.model.encoder)
             warm_up(served.backend, served.backend.padded, cost, rows_of)
-        # Looking through all objects of torch and transformers would stop the event loop for half a second.
-        gc.collect()
-        gc.freeze()
+        memory.settle()
     return served
 
 
@@ -176,11 +174,3 @@ def _set_threads(settings: Settings) -> None:
             logger.warning(
                 "inter_op_threads is set once per process; it stays %d", torch.get_num_interop_threads()
             )
-
-
-def _give_memory_back() -> None:
-    gc.unfreeze()
-    gc.collect()
-    gc.freeze()
-    with suppress(OSError, AttributeError):  # only glibc keeps freed memory, and can be told not to
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
