@@ -18,9 +18,8 @@ from mlserver_hftasks.engine.cost import CostModel
 from mlserver_hftasks.engine.scheduler import Scheduler
 from mlserver_hftasks.engine.warmup import warm_up
 from mlserver_hftasks.errors import ForwardFailed, HFTasksError, Unavailable
-from mlserver_hftasks.loading import Served, load, probe_rows
+from mlserver_hftasks.loading import Served, load, memory, probe_rows
 from mlserver_hftasks.metrics import ModelMetrics
-from mlserver_hftasks.runtime import memory
 from mlserver_hftasks.runtime.configuration import limits_of, settings_of, take_over_batching
 from mlserver_hftasks.runtime.metadata import described
 from mlserver_hftasks.runtime.server import as_mlserver_error, limit_body, prepare_server
@@ -153,7 +152,7 @@ class HFTasksRuntime(mlserver.MLModel):
 
 def _load(settings: Settings, cost: CostModel) -> Served:
     with _loading:
-        memory.keep_heaps_small()
+        memory.manage()
         _set_threads(settings)
         served = load(settings)
         if settings.warmup:
