@@ -27,7 +27,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 MMAP_BYTES = 32 * 2**20
 """The most that glibc takes on 64 bits."""
 TRIM_BYTES = 2**30
-TRIM_SECONDS = 20.0
+TRIM_SECONDS = 10.0
 """Giving back takes some 30 ms, and the next batch some more."""
 GROWTH = 1.02
 """Giving back waits until this is reached: an idle process is left alone."""
