@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import functools
-import gc
 import logging
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -23,7 +21,7 @@ from mlserver_hftasks.engine.scheduler import Scheduler
 from mlserver_hftasks.engine.steps import StepScheduler
 from mlserver_hftasks.engine.warmup import warm_up
 from mlserver_hftasks.errors import ForwardFailed, HFTasksError, Unavailable
-from mlserver_hftasks.loading import Served, load, probe_rows
+from mlserver_hftasks.loading import Served, load, memory, probe_rows
 from mlserver_hftasks.metrics import ModelMetrics
 from mlserver_hftasks.runtime.configuration import limits_of, settings_of, step_limits_of, take_over_batching
 from mlserver_hftasks.runtime.generation import GenerationService
@@ -85,7 +83,7 @@ class HFTasksRuntime(mlserver.MLModel):
         await service.close()
         served.close()
         del served, service
-        await asyncio.to_thread(_give_memory_back)
+        await asyncio.to_thread(memory.give_back)
         return True
 
     async def metadata(self) -> MetadataModelResponse:
@@ -206,6 +204,7 @@ class HFTasksRuntime(mlserver.MLModel):
 
 def _load(settings: Settings, cost: CostModel) -> Served:
     with _loading:
+        memory.manage()
         _set_threads(settings)
         served = load(settings)
         if settings.warmup and served.decoder is None:  # a decoder's probe has warmed it up
@@ -214,9 +213,7 @@ def _load(settings: Settings, cost: CostModel) -> Served:
                 served.backend.forward(rows_of((4, 16)))
             else:
                 warm_up(served.backend, served.backend.padded, cost, rows_of)
-        # Looking through all objects of torch and transformers would stop the event loop for half a second.
-        gc.collect()
-        gc.freeze()
+        memory.settle()
     return served
 
 
@@ -231,11 +228,3 @@ def _set_threads(settings: Settings) -> None:
             logger.warning(
                 "inter_op_threads is set once per process; it stays %d", torch.get_num_interop_threads()
             )
-
-
-def _give_memory_back() -> None:
-    gc.unfreeze()
-    gc.collect()
-    gc.freeze()
-    with suppress(OSError, AttributeError):  # only glibc keeps freed memory, and can be told not to
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
