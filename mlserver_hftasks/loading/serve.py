@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +99,9 @@ def load(settings: Settings) -> Served:
         folder=str(source.folder),
         asked_as=asked_as,
     )
-    task = kind(facts)
     pad_token_id = pad_token_id_of(tokenizer, model)
     if kind.head.generates:
-        return _generating(task, model, device, pad_token_id)
+        return _generating(kind, facts, model, device, pad_token_id)
     backend = TorchBackend(
         model,
         kind.head,
@@ -111,17 +110,19 @@ def load(settings: Settings) -> Served:
         probe=probe_rows(encoder),
         packing=settings.packing == "auto",
     )
-    return Served(task, backend)
+    return Served(kind(facts), backend)
 
 
-def _generating(task: Task[Any], model: PreTrainedModel, device: torch.device, pad_token_id: int) -> Served:
+def _generating(
+    kind: type[Task[Any]], facts: ModelFacts, model: PreTrainedModel, device: torch.device, pad_token_id: int
+) -> Served:
     """The task over `generate()`, and over the generating engine where the model fits that."""
     decoder = None
     if not model.config.is_encoder_decoder:
-        decoder = decoder_of(model, device, task.model.limits.cache_tokens)
-    decode = functools.partial(task.model.encoder.tokenizer.decode, skip_special_tokens=True)
+        decoder = decoder_of(model, device, facts.limits.cache_tokens)
+    decode = functools.partial(facts.encoder.tokenizer.decode, skip_special_tokens=True)
     backend = GenerateBackend(model, device=device, pad_token_id=pad_token_id, decode=decode)
-    return Served(task, backend, decoder)
+    return Served(kind(replace(facts, steps=decoder is not None)), backend, decoder)
 
 
 def probe_rows(encoder: Encoder, words: tuple[int, ...] = (1, 40, 12, 90)) -> list[Row]:
