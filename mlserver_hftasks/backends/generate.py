@@ -22,7 +22,16 @@ from transformers.generation.logits_process import NoRepeatNGramLogitsProcessor
 from transformers.modeling_outputs import BaseModelOutput
 
 from mlserver_hftasks.backends.base import Description
-from mlserver_hftasks.backends.steering import WARPERS, Decode, Draw, Processor, Unpadded, Watch, warpers_of
+from mlserver_hftasks.backends.steering import (
+    WARPERS,
+    Decode,
+    Draw,
+    First,
+    Processor,
+    Unpadded,
+    Watch,
+    warpers_of,
+)
 from mlserver_hftasks.engine.rows import Decoding, FloatArray, IntArray, Outputs, Row
 from mlserver_hftasks.engine.sequences import FinishReason
 
@@ -114,7 +123,7 @@ class GenerateBackend:
         with torch.inference_mode(), self._drawing(config, decodings):
             made = self._model.generate(
                 **(inputs if beams else self._repeated(inputs, answers)),
-                logits_processor=self._taken_over(config, decodings, padding),
+                logits_processor=self._taken_over(config, decodings, padding, prompt_tokens),
                 generation_config=config,
                 stopping_criteria=[watch],
             )
@@ -123,10 +132,17 @@ class GenerateBackend:
         return [self._outputs(row, parts[index], index, watch, key) for index, row in enumerate(rows)]
 
     def _taken_over(
-        self, config: GenerationConfig, decodings: Sequence[Decoding], padding: Sequence[int]
+        self,
+        config: GenerationConfig,
+        decodings: Sequence[Decoding],
+        padding: Sequence[int],
+        prompt_tokens: int,
     ) -> list[Processor]:
         """What does row by row what `generate()` would do otherwise; `config` asks it no longer."""
         made: list[Processor] = []
+        first = [decoding.first_token for decoding in decodings]
+        if any(token is not None for token in first):
+            made.append(First(first, prompt_tokens))
         if any(padding) and config.no_repeat_ngram_size:
             made.append(Unpadded(NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size), padding))
             config.no_repeat_ngram_size = 0

@@ -80,6 +80,25 @@ class Draw:
         return scores - noise.clamp_(min=LEAST_NOISE).log_()
 
 
+class First:
+    """Begins the answers of each row with the token that is given for it."""
+
+    def __init__(self, tokens: Sequence[int | None], prompt_tokens: int) -> None:
+        self._tokens = tokens
+        self._prompt_tokens = prompt_tokens
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """At the first step, scores that leave no choice; see `Processor`."""
+        if input_ids.shape[1] > self._prompt_tokens:
+            return scores
+        changed = scores.clone()
+        for part, token in zip(changed.chunk(len(self._tokens)), self._tokens, strict=True):
+            if token is not None:
+                part.fill_(-torch.inf)
+                part[:, token] = 0
+        return changed
+
+
 class Unpadded:
     """A processor that looks at earlier tokens, shown those of each row without the padding before them."""
 
