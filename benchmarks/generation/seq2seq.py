@@ -30,18 +30,18 @@ MARIAN = Shape(
         "d_model": 512,
         "encoder_layers": 6,
         "encoder_attention_heads": 8,
-        "decoder_layers": 6,
+        "decoder_layers": 3,
         "decoder_attention_heads": 8,
         "encoder_ffn_dim": 2048,
         "decoder_ffn_dim": 2048,
     },
     token_types=False,
 )
-NEW_TOKENS = 24
+NEW_TOKENS = 16
 MOST_TOKENS = 512
 BEAMS = (1, 4)
 CLIENTS, BATCH = 16, 16
-ONE_BY_ONE, BATCHED, OURS, INCUMBENT = 6, 32, 48, 8
+ONE_BY_ONE, BATCHED, OURS, INCUMBENT = 6, 32, 32, 8
 """Texts of each system per round."""
 LIMIT_S = 240.0
 AGAINST_ONE, AGAINST_INCUMBENT = 2.0, 2.0
