@@ -29,6 +29,7 @@ from mlserver_hftasks.backends.steering import (
     Processor,
     Unpadded,
     Watch,
+    drawing_from,
     warpers_of,
 )
 from mlserver_hftasks.engine.rows import Decoding, FloatArray, IntArray, Outputs, Row
