@@ -26,6 +26,8 @@ class Head:
     auto_class: str
     """Name of a `transformers.AutoModel...` class."""
     outputs: Mapping[str, Level]
+    generates: bool = False
+    """Whether the model continues rows step by step, in place of one pass over them."""
 
 
 @dataclass(frozen=True, slots=True)

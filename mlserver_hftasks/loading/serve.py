@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from mlserver_hftasks.backends.base import Backend
+from mlserver_hftasks.backends.base import Backend, Description
+from mlserver_hftasks.backends.decoder import TorchDecoder
+from mlserver_hftasks.backends.generate import GenerateBackend
 from mlserver_hftasks.backends.torch import TorchBackend
 from mlserver_hftasks.engine.rows import Row
 from mlserver_hftasks.errors import InvalidSettings
+from mlserver_hftasks.loading.decoder import cache_tokens_of, decoder_of
 from mlserver_hftasks.loading.facts import labels_of, max_tokens_of, pad_token_id_of
 from mlserver_hftasks.loading.source import Source
 from mlserver_hftasks.settings import Settings
@@ -25,6 +29,10 @@ TASK_OF_HEAD = {
     "ForTokenClassification": "token-classification",
     "ForQuestionAnswering": "question-answering",
     "ForMaskedLM": "fill-mask",
+    "ForConditionalGeneration": "text2text-generation",
+    "MTModel": "translation",
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
     "Model": "feature-extraction",
 }
 """The task of a model whose class name ends so, where the settings name none."""
@@ -36,6 +44,19 @@ class Served:
 
     task: Task[Any]
     backend: Backend
+    decoder: TorchDecoder | None = None
+    """Steps through what is generated, where the model fits; `backend` runs the rest."""
+
+    @property
+    def description(self) -> Description:
+        """How most of what comes is run."""
+        return (self.decoder or self.backend).description
+
+    def close(self) -> None:
+        """Give the memory back."""
+        if self.decoder is not None:
+            self.decoder.close()
+        self.backend.close()
 
 
 def load(settings: Settings) -> Served:
@@ -50,28 +71,57 @@ def load(settings: Settings) -> Served:
     device = _device(settings.device)
     source = Source(settings)
     config = source.config()
-    kind = task_class(canonical_name(settings.task or _infer_task(config, source.folder)))
+    asked_as = (settings.task or _infer_task(config, source.folder)) + settings.task_suffix
+    kind = task_class(canonical_name(asked_as))
     tokenizer = source.tokenizer()
     model = source.model(kind.head, config, device)
+    generation_config = getattr(model, "generation_config", None) or GenerationConfig()
+    kind.configure(asked_as, config, generation_config)
     encoder = Encoder(tokenizer, max_tokens_of(settings.max_length, tokenizer, model))
+    cache_tokens = ItemLimits().cache_tokens
+    if kind.head.generates and not config.is_encoder_decoder:
+        cache_tokens = cache_tokens_of(
+            settings.kv_cache_tokens, config, model.dtype, device, encoder.max_tokens
+        )
     facts = ModelFacts(
         config=config,
         encoder=encoder,
         labels=labels_of(settings.labels, config, source.folder),
         truncation=settings.truncation,
-        limits=ItemLimits(settings.max_items, settings.max_text_chars),
+        limits=ItemLimits(
+            settings.max_items,
+            settings.max_text_chars,
+            settings.max_new_tokens,
+            settings.max_prompt_tokens,
+            cache_tokens,
+        ),
+        generation_config=generation_config,
         folder=str(source.folder),
+        asked_as=asked_as,
     )
     task = kind(facts)
+    pad_token_id = pad_token_id_of(tokenizer, model)
+    if kind.head.generates:
+        return _generating(task, model, device, pad_token_id)
     backend = TorchBackend(
         model,
         kind.head,
         device=device,
-        pad_token_id=pad_token_id_of(tokenizer, model),
+        pad_token_id=pad_token_id,
         probe=probe_rows(encoder),
         packing=settings.packing == "auto",
     )
     return Served(task, backend)
+
+
+def _generating(task: Task[Any], model: PreTrainedModel, device: torch.device, pad_token_id: int) -> Served:
+    """The task over `generate()`, and over the generating engine where the model fits that."""
+    decoder = None
+    if not model.config.is_encoder_decoder:
+        decoder = decoder_of(model, device, task.model.limits.cache_tokens)
+    decode = functools.partial(task.model.encoder.tokenizer.decode, skip_special_tokens=True)
+    backend = GenerateBackend(model, device=device, pad_token_id=pad_token_id, decode=decode)
+    return Served(task, backend, decoder)
 
 
 def probe_rows(encoder: Encoder, words: tuple[int, ...] = (1, 40, 12, 90)) -> list[Row]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
-from transformers import PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig
 
 from mlserver_hftasks.backends.base import Head
 from mlserver_hftasks.engine.rows import Outputs, Row
@@ -29,6 +29,12 @@ class ItemLimits:
 
     max_items: int = 1024
     max_text_chars: int = 100_000
+    max_new_tokens: int = 1024
+    """Of one answer."""
+    max_prompt_tokens: int | None = None
+    """None: what the model takes."""
+    cache_tokens: int = 1 << 20
+    """Of the generating engine: a prompt and its answer fit into it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +48,11 @@ class ModelFacts:
     truncation: bool | str | None = None
     """The setting; None leaves it to the task."""
     limits: ItemLimits = ItemLimits()
+    generation_config: GenerationConfig = field(default_factory=GenerationConfig)
     folder: str | None = None
     """Local folder of the model's files, where there is one."""
+    asked_as: str = ""
+    """The task as the settings name it, which may say more than its own name: `translation_en_to_fr`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +83,11 @@ class Task(ABC, Generic[P]):
     def __init__(self, model: ModelFacts) -> None:
         self.model = model
 
+    @classmethod
+    def configure(cls, name: str, config: PretrainedConfig, generation: GenerationConfig) -> None:
+        """Change how the model generates to what its config says of the task, asked for by that name."""
+        return
+
     @abstractmethod
     def examples(self, inputs: Mapping[str, Sequence[Any]], parameters: P) -> list[Example]:
         """One example per item. `inputs` maps the signature's input names to decoded values.
@@ -99,6 +113,10 @@ class Task(ABC, Generic[P]):
         unwrap = scalar or (self.unwraps_single and len(results) == 1)
         result = results[0] if unwrap else results
         return result if isinstance(result, list) else [result]
+
+    def summary(self, answered: Sequence[Answered], parameters: P) -> Mapping[str, Any]:
+        """What the parameters of the response say of the answer: texts and numbers by name."""
+        return {}
 
     # -- helpers for subclasses ------------------------------------------------------------------
 
