@@ -14,7 +14,7 @@ STOREYS = (
     {"engine"},
     {"backends"},
     {"tasks"},
-    {"metrics", "loading", "codecs"},
+    {"metrics", "loading", "codecs", "explain"},
     {"runtime"},
     {"__init__"},
 )
