@@ -45,3 +45,5 @@ class Explanation:
     baseline: str
     evaluations: int
     """How many times the model was evaluated."""
+    texts: tuple[str, ...] = ()
+    """The text, or the two of a pair, that the offsets count in, for drawing; () if there is none."""
