@@ -12,6 +12,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from mlserver_hftasks.backends import probe as probing
 from mlserver_hftasks.backends.base import Description, Head, Level
+from mlserver_hftasks.backends.gradients import PathBackend
 from mlserver_hftasks.backends.packing import Backbone, Layout
 from mlserver_hftasks.engine.rows import Outputs, Row
 
@@ -68,12 +69,21 @@ class TorchBackend:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def gradients(self) -> PathBackend | None:
+        """See `gradients.Differentiable`."""
+        return PathBackend.of(self)
+
     def _forward(self, rows: Sequence[Row]) -> list[Outputs]:
+        with torch.inference_mode():
+            outputs = self._outputs(rows)
+        return self._split(outputs, rows)
+
+    def _outputs(self, rows: Sequence[Row]) -> ModelOutput:
+        """What the model says of rows that run together, in whatever mode torch is."""
         tensors = self._collate(rows)
         self._backbone.select = self._collate_selection(rows)
-        with torch.inference_mode():
-            outputs = self._model(**tensors)
-        return self._split(outputs, rows)
+        outputs: ModelOutput = self._model(**tensors)
+        return outputs
 
     def _passes(self, rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
         """The rows in groups that run together: all of them, unless the layout forbids."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +21,14 @@ class Row:
 
     `arrays` map the model's input names to arrays of shape [tokens]. `key` says who may share a batch:
     rows run together exactly when their keys are equal. `select`, where given, names the positions
-    whose outputs are wanted, so that a head over a large vocabulary need not compute the others.
+    whose outputs are wanted, so that a head over a large vocabulary need not compute the others. `source`
+    is what the row was made from; the engine only carries it.
     """
 
     arrays: Mapping[str, IntArray]
     key: Hashable = None
     select: IntArray | None = None
+    source: Any = None
 
     def __post_init__(self) -> None:
         if self.cost < 1:
