@@ -111,6 +111,15 @@ class Settings(BaseModel):
     max_body_bytes: Count = Field(
         16 * 2**20, description="most bytes of a REST body after gunzip; beyond: 413"
     )
+    mode: Literal["infer", "explain"] = Field(
+        "infer", description="`explain`: every request is answered with explanations"
+    )
+    explain: Annotated[dict[str, Any], Json] = Field(
+        default_factory=dict, description="options of explanations, for requests that do not say"
+    )
+    infer_uri: str | None = Field(
+        None, description="explain the V2 model at this URL, as a black box; see docs/explanations.md"
+    )
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
 
     @field_validator("framework", mode="before")
@@ -130,6 +139,12 @@ class Settings(BaseModel):
             if value not in {"longest_first", "only_first", "only_second", "do_not_truncate"}:
                 raise ValueError("true, false, longest_first, only_first, only_second or do_not_truncate")
         return value
+
+    @model_validator(mode="after")
+    def _explains_another(self) -> Settings:
+        if self.infer_uri is not None and self.mode != "explain":
+            raise ValueError('infer_uri beside the mode "infer", expected "mode": "explain"')
+        return self
 
     @model_validator(mode="after")
     def _suffix_fits(self) -> Settings:

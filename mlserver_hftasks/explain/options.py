@@ -57,7 +57,9 @@ class ExplainOptions(CheckedModel):
         None, gt=0, description="answer with what there is after this many milliseconds"
     )
     level: Literal["token", "word"] = Field("token", description="attribute to tokens or to whole words")
-    top_k: int | None = Field(None, ge=1, description="how many tokens to list in the summary; null: all")
+    top_k: int | None = Field(
+        None, ge=1, description="also list so many of the weightiest tokens in the JSON"
+    )
     html: bool = Field(False, description="also draw a heat map")
 
     @classmethod

@@ -9,6 +9,8 @@ from typing import Any
 import mlserver
 
 from mlserver_hftasks.engine.scheduler import Limits
+from mlserver_hftasks.errors import InvalidRequest, InvalidSettings
+from mlserver_hftasks.explain.options import ExplainOptions
 from mlserver_hftasks.settings import Settings, read_settings
 
 DEFAULT_BATCH_ROWS = 256
@@ -22,11 +24,19 @@ def settings_of(settings: mlserver.ModelSettings) -> Settings:
     if settings.max_batch_size > 1:
         defaults["batch_size"] = settings.max_batch_size
     read = read_settings(extra, os.environ, defaults)
+    _check_options(read.explain)
     names = {
         "pretrained_model": _resolved(settings, read.pretrained_model or uri),
         "pretrained_tokenizer": _resolved(settings, read.pretrained_tokenizer),
     }
     return read.model_copy(update=names)
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    try:
+        ExplainOptions.read(options, "parameters.extra.explain")
+    except InvalidRequest as error:
+        raise InvalidSettings(str(error)) from None
 
 
 def take_over_batching(settings: mlserver.ModelSettings) -> None:

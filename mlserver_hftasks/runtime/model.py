@@ -20,9 +20,11 @@ from mlserver_hftasks.engine.cost import CostModel
 from mlserver_hftasks.engine.scheduler import Scheduler
 from mlserver_hftasks.engine.warmup import warm_up
 from mlserver_hftasks.errors import ForwardFailed, HFTasksError, Unavailable
+from mlserver_hftasks.explain.explainer import Explainer
 from mlserver_hftasks.loading import Served, load, probe_rows
 from mlserver_hftasks.metrics import ModelMetrics
 from mlserver_hftasks.runtime.configuration import limits_of, settings_of, take_over_batching
+from mlserver_hftasks.runtime.explaining import AnsweringService, Explaining
 from mlserver_hftasks.runtime.metadata import described
 from mlserver_hftasks.runtime.server import as_mlserver_error, limit_body, prepare_server
 from mlserver_hftasks.runtime.service import Service
@@ -50,7 +52,7 @@ class HFTasksRuntime(mlserver.MLModel):
         limit_body(settings.name, self._hf_settings.max_body_bytes)
         super().__init__(settings)
         self._served: Served | None = None
-        self._service: Service | None = None
+        self._service: AnsweringService | None = None
         self._in_flight = 0
         self._drained = asyncio.Event()
 
@@ -72,9 +74,24 @@ class HFTasksRuntime(mlserver.MLModel):
             observe_queue=self._metrics.queued,
             name=self.name,
         )
-        self._served, self._service = served, Service(served.task, batcher, settings.timeout_ms)
+        self._served, self._service = served, self._answering(served, batcher)
         self._log_loaded(served, cost)
         return True
+
+    def _answering(self, served: Served, batcher: Batcher) -> AnsweringService:
+        settings = self._hf_settings
+        explainer = Explainer(
+            served.task,
+            served.backend,
+            batcher,
+            on_thread_start=functools.partial(_set_threads, settings),
+            name=f"{self.name}-explain",
+        )
+        explaining = Explaining(
+            explainer, served.task.signature, defaults=settings.explain, timeout_ms=settings.timeout_ms
+        )
+        predictions = Service(served.task, batcher, settings.timeout_ms)
+        return AnsweringService(predictions, explaining, mode=settings.mode)
 
     async def unload(self) -> bool:
         """Answer what is in flight, then give the memory back."""
@@ -86,7 +103,7 @@ class HFTasksRuntime(mlserver.MLModel):
             self._drained.clear()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._drained.wait(), DRAIN_SECONDS)
-        await service.batcher.close()
+        await service.close()
         served.backend.close()
         del served, service
         await asyncio.to_thread(_give_memory_back)

@@ -12,6 +12,7 @@
 - a request for a model that is still loading is a 503 (MLServer says 400);
 - an error that crosses from a worker keeps its message (MLServer puts the class before it);
 - what a client did wrong is not logged with a traceback;
+- the REST server has the routes of explanations (`routes`);
 - threads hand the interpreter over sooner.
 
 The changes touch requests to models of this package only, save the first and the last.
@@ -48,6 +49,7 @@ from starlette.responses import StreamingResponse
 from mlserver_hftasks.codecs.envelope import check_envelope, check_id
 from mlserver_hftasks.codecs.request import PROTOCOL_PARAMETERS
 from mlserver_hftasks.errors import HFTasksError, InvalidSettings, Overloaded
+from mlserver_hftasks.runtime.routes import add_routes_with_models
 
 GRPC_CODES = {
     413: grpc.StatusCode.INVALID_ARGUMENT,
@@ -147,6 +149,7 @@ def prepare_server() -> None:
     mlserver.parallel.worker.WorkerError = _worker_error
     mlserver.handlers.dataplane.ModelNotReady = _not_ready
     _refuse_bad_messages()
+    add_routes_with_models(_body_limits.__contains__, as_mlserver_error)
 
 
 def _refuse_bad_messages() -> None:

@@ -34,7 +34,7 @@ class Service:
         self.task = task
         self.batcher = batcher
         self._timeout_ms = timeout_ms
-        self._names = _names_of(task.signature)
+        self._names = names_of(task.signature)
 
     async def answer(self, payload: InferenceRequest) -> list[ResponseOutput]:
         """The outputs for a request. Raises `HFTasksError`."""
@@ -49,8 +49,12 @@ class Service:
             work = int(CHARS_PER_NUMBER * numbers)
             return await run_for(work, _encode, self.task, call, parameters, answered)  # 8
 
+    def has_output(self, name: str) -> bool:
+        """Whether a request may name that output."""
+        return name == RESULT_NAME or any(spec.name == name for spec in self.task.signature.outputs)
+
     def _decode(self, payload: InferenceRequest) -> tuple[Call, Parameters]:
-        with _nesting_checked():
+        with nesting_checked():
             call = decode_request(payload, self._names)
             for name in call.outputs:
                 if name != RESULT_NAME:
@@ -58,12 +62,13 @@ class Service:
             return call, self.task.signature.parse(call.parameters)
 
     def _examples(self, call: Call, parameters: Parameters) -> list[Example]:
-        with _nesting_checked():
+        with nesting_checked():
             return self.task.examples(call.inputs, parameters)
 
 
 @contextmanager
-def _nesting_checked() -> Iterator[None]:
+def nesting_checked() -> Iterator[None]:
+    """Recursion that went too deep is the fault of who nested so deeply."""
     try:
         yield
     except RecursionError:
@@ -113,7 +118,8 @@ def _regroup(examples: list[Example], outputs: list[Outputs]) -> list[Answered]:
     return [Answered(example, [next(remaining) for _ in example.rows]) for example in examples]
 
 
-def _names_of(signature: Signature) -> Names:
+def names_of(signature: Signature) -> Names:
+    """What the names in a request mean to a task."""
     inputs = {name: spec.name for spec in signature.inputs for name in (spec.name, *spec.aliases)}
     fields = signature.parameters.model_fields
     lists = {name for name, field in fields.items() if _may_be_list(field.annotation)}
