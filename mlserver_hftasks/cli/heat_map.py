@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from mlserver_hftasks.explain.reading import Reading, Target, Word
+from mlserver_hftasks.explain.scale import AGAINST, FOR, Scale
 
-FOR, AGAINST = (230, 97, 0), (26, 110, 235)
 BAR_CELLS = 24
 SHOWN_WORDS = 10
 VISIBLE_SHARE = 0.04
@@ -29,13 +29,14 @@ def heat_maps(reading: Reading) -> Iterator[RenderableType]:
 
 
 def _panel(reading: Reading, target: Target, words: Sequence[Word]) -> Panel:
-    largest = max((abs(word.attribution) for word in words), default=0.0)
-    parts: list[RenderableType] = [_numbers(target)]
+    scale = Scale(word.attribution for word in words)
+    parts: list[RenderableType] = [_numbers(target, scale)]
     if not target.converged:
-        parts.append(Text(f"Not converged: the numbers miss the score by {target.delta:+.3g}.", "yellow"))
+        missed = scale.number(target.delta)
+        parts.append(Text(f"Not converged: the numbers miss the score by {missed}.", "yellow"))
     for _, own in groupby(words, key=lambda word: word.sequence):
-        parts.append(Padding(_coloured(reading, list(own), largest), (1, 0, 0, 0)))
-    parts.append(Padding(_table(words, largest), (1, 0, 0, 0)))
+        parts.append(Padding(_coloured(reading, list(own), scale), (1, 0, 0, 0)))
+    parts.append(Padding(_table(words, scale), (1, 0, 0, 0)))
     how = f"{reading.method}, baseline {reading.baseline}, {reading.evaluations} evaluations"
     return Panel(
         Group(*parts),
@@ -46,7 +47,7 @@ def _panel(reading: Reading, target: Target, words: Sequence[Word]) -> Panel:
     )
 
 
-def _numbers(target: Target) -> Text:
+def _numbers(target: Target, scale: Scale) -> Text:
     total = target.score - target.baseline_score + target.delta
     pairs = {
         "score": target.score,
@@ -54,11 +55,13 @@ def _numbers(target: Target) -> Text:
         "sum of the words": total,
         "delta": target.delta,
     }
-    parts = [part for name, value in pairs.items() for part in ((f"{name} ", "dim"), f"{value:+.3f}   ")]
-    return Text.assemble(*parts)
+    made = Text()
+    for name, value in pairs.items():
+        made.append(f"{name} ", "dim").append(f"{scale.number(value)}   ")
+    return made
 
 
-def _coloured(reading: Reading, words: Sequence[Word], largest: float) -> Text:
+def _coloured(reading: Reading, words: Sequence[Word], scale: Scale) -> Text:
     """The text with its words on colours; words of no known place with a space between."""
     made, position = Text(), 0
     for number, word in enumerate(words):
@@ -67,7 +70,7 @@ def _coloured(reading: Reading, words: Sequence[Word], largest: float) -> Text:
             position = word.end
         elif number:
             made.append(" ")
-        made.append(word.text, _style(word.attribution / largest if largest else 0.0))
+        made.append(word.text, _style(scale.share(word.attribution)))
     if words and words[-1].start >= 0:
         made.append(reading.texts[words[-1].sequence][position:])
     return made
@@ -82,12 +85,12 @@ def _style(share: float) -> str:
     return f"{'' if share > 0 else 'underline '}black on rgb({red},{green},{blue})"
 
 
-def _table(words: Sequence[Word], largest: float) -> Table:
+def _table(words: Sequence[Word], scale: Scale) -> Table:
     table = Table.grid(padding=(0, 2))
     ordered = sorted(words, key=lambda word: -abs(word.attribution))
     for word in ordered[:SHOWN_WORDS]:
-        share = word.attribution / largest if largest else 0.0
-        table.add_row(Text(word.text.strip()), Text(f"{word.attribution:+.3g}", justify="right"), _bar(share))
+        number = Text(scale.number(word.attribution), justify="right")
+        table.add_row(Text(word.text.strip()), number, _bar(scale.share(word.attribution)))
     if len(ordered) > SHOWN_WORDS:
         table.add_row(Text(f"{len(ordered) - SHOWN_WORDS} more", "dim"))
     return table

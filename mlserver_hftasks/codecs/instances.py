@@ -13,6 +13,7 @@ from typing import Any
 import orjson
 from mlserver.types import InferenceRequest, InferenceResponse, Parameters, RequestInput, RequestOutput
 
+from mlserver_hftasks.codecs.envelope import check_type
 from mlserver_hftasks.codecs.request import PROTOCOL_PARAMETERS
 from mlserver_hftasks.errors import InvalidRequest, did_you_mean
 
@@ -43,9 +44,8 @@ class Group:
 def requests_of(body: bytes, output: str) -> list[Group]:
     """The V2 requests for a body; each asks for that output. Raises `InvalidRequest`."""
     content = _body(body)
+    check_type(content.get("parameters"), dict, "parameters")
     common = content.get("parameters") or {}
-    if not isinstance(common, dict):
-        raise InvalidRequest(f"got {common!r:.60}, expected an object @ parameters")
     grouped: dict[bytes, tuple[dict[str, list[Any]], dict[str, Any], list[int]]] = {}
     for index, instance in enumerate(content["instances"]):
         inputs, parameters = _split(instance, f"instances[{index}]")
