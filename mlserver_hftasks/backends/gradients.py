@@ -58,7 +58,10 @@ class Differentiable(Protocol):
     """A backend that has gradients, or may have."""
 
     def gradients(self) -> PathBackend | None:
-        """Scores and gradients of the same model, apart from its predictions; None if it has none."""
+        """Scores and gradients of the same model, apart from its predictions; None if it has none.
+
+        The first call takes a while, and must not come while rows run.
+        """
 
 
 class PathBackend:
@@ -72,7 +75,8 @@ class PathBackend:
         self._embeddings = _Embeddings(clone._model.get_input_embeddings())
         self._absents: dict[Absent, Tensor] = {}
         self.padded = clone.padded
-        self.pause: Callable[[], None] = lambda: None
+        self.device = clone._device
+        self.pause: Callable[[], object] = lambda: None
         for layer in _layers(clone._model.base_model):
             layer.register_forward_hook(self._between_layers)
 
@@ -104,6 +108,7 @@ class PathBackend:
     def close(self) -> None:
         """Give the memory back; `forward` must not be called again."""
         self._embeddings.release()
+        self._absents.clear()
         self._clone.close()
 
     def _forward(self, rows: Sequence[PathRow]) -> list[Outputs]:

@@ -50,6 +50,7 @@ class TorchBackend:
         self._device = device
         self._pad_token_id = pad_token_id
         self._backbone = Backbone(model)
+        self._gradients: list[PathBackend | None] | None = None
         if packing:
             self._choose_layout(probe)
         layout = self._backbone.layout
@@ -71,7 +72,9 @@ class TorchBackend:
 
     def gradients(self) -> PathBackend | None:
         """See `gradients.Differentiable`."""
-        return PathBackend.of(self)
+        if self._gradients is None:
+            self._gradients = [PathBackend.of(self)]
+        return self._gradients[0]
 
     def _forward(self, rows: Sequence[Row]) -> list[Outputs]:
         with torch.inference_mode():

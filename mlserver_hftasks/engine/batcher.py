@@ -65,7 +65,6 @@ class Batcher:
         backend: Forward,
         scheduler: Scheduler,
         *,
-        background: Scheduler | None = None,
         on_thread_start: Callable[[], None] = lambda: None,
         observe: Callable[[BatchReport], None] = lambda report: None,
         observe_queue: Callable[[int], None] = lambda rows: None,
@@ -73,7 +72,7 @@ class Batcher:
     ) -> None:
         self._backend = backend
         self._scheduler = scheduler
-        self._background = background
+        self._background: Scheduler | None = None
         self._on_thread_start = on_thread_start
         self._observe = observe
         self._observe_queue = observe_queue
@@ -84,6 +83,11 @@ class Batcher:
         self._idle = threading.Event()
         self._thread = threading.Thread(target=self._run_device, name=f"hftasks-{name}", daemon=True)
         self._thread.start()
+
+    def open_background(self, scheduler: Scheduler) -> None:
+        """Take rows of the background from now on."""
+        with self._wake:
+            self._background = scheduler
 
     async def run(
         self, rows: Sequence[Row], *, background: bool = False, since: float | None = None

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mlserver_hftasks.engine.rows import FloatArray, IntArray, Row
+from mlserver_hftasks.engine.rows import FloatArray, IntArray
 from mlserver_hftasks.errors import InvalidRequest
 from mlserver_hftasks.explain.result import BoolArray
 from mlserver_hftasks.explain.targets.base import Subject
@@ -36,10 +36,12 @@ class Tokens:
             tokens[group] = there
         return tokens
 
-    def gathered(self, values: FloatArray) -> FloatArray:
-        """From tokens to features, their sums: [K, T] -> [K, features]."""
-        sums = [values[:, group].sum(axis=1) for group in self.groups]
-        return np.stack(sums, axis=1) if sums else values[:, :0]
+    def scattered(self, attributions: FloatArray) -> FloatArray:
+        """From features to tokens, which share what theirs has alike: [K, features] -> [K, T]."""
+        shared = np.zeros((len(attributions), len(self.kept)), dtype=np.float32)
+        for index, group in enumerate(self.groups):
+            shared[:, group] = attributions[:, index : index + 1] / len(group)
+        return shared
 
 
 def tokens_of(subject: Subject, tokenizer: Any, level: Literal["token", "word"]) -> Tokens:
