@@ -120,6 +120,13 @@ class Settings(BaseModel):
     infer_uri: str | None = Field(
         None, description="explain the V2 model at this URL, as a black box; see docs/explanations.md"
     )
+    infer_input: str = Field("array_inputs", description="its input that takes texts")
+    infer_output: str | None = Field(
+        None, description="its output [texts, labels] of numbers; else labels with scores as JSON"
+    )
+    infer_mask: str = Field(
+        "", description="what stands for an absent word in its texts; else it is left out"
+    )
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
 
     @field_validator("framework", mode="before")

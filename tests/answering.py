@@ -35,6 +35,7 @@ class Answering:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
+        self.server.handle_error = lambda *_: None  # type: ignore[method-assign]  # clients that went away
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
 

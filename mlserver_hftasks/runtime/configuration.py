@@ -11,6 +11,7 @@ import mlserver
 from mlserver_hftasks.engine.scheduler import Limits
 from mlserver_hftasks.errors import InvalidRequest, InvalidSettings
 from mlserver_hftasks.explain.options import ExplainOptions
+from mlserver_hftasks.explain.remote import check_uri
 from mlserver_hftasks.settings import Settings, read_settings
 
 DEFAULT_BATCH_ROWS = 256
@@ -25,6 +26,8 @@ def settings_of(settings: mlserver.ModelSettings) -> Settings:
         defaults["batch_size"] = settings.max_batch_size
     read = read_settings(extra, os.environ, defaults)
     _check_options(read.explain)
+    if read.infer_uri is not None:
+        check_uri(read.infer_uri, os.environ)
     names = {
         "pretrained_model": _resolved(settings, read.pretrained_model or uri),
         "pretrained_tokenizer": _resolved(settings, read.pretrained_tokenizer),

@@ -38,6 +38,10 @@ OUTPUT_NAMES = tuple(spec.name for spec in OUTPUTS)
 class Explains(Protocol):
     """What is needed of an explainer."""
 
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Names of the methods that it can do."""
+
     async def explain(
         self, inputs: Mapping[str, Sequence[Any]], parameters: Any, options: ExplainOptions
     ) -> list[Explanation]:
@@ -58,8 +62,8 @@ class Explaining:
         defaults: Mapping[str, Any] | None = None,
         timeout_ms: float | None = None,
     ) -> None:
+        self.signature = signature
         self._explainer = explainer
-        self._signature = signature
         self._defaults = dict(defaults or {})
         self._timeout_ms = timeout_ms
         beside = names_of(signature)
@@ -67,6 +71,11 @@ class Explaining:
             False: beside,
             True: Names(beside.inputs, beside.parameters | OPTION_NAMES, beside.lists - OPTION_NAMES),
         }
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Names of the methods that this model can be explained by."""
+        return self._explainer.methods
 
     async def answer(self, request: InferenceRequest, options: Any, *, alone: bool) -> list[ResponseOutput]:
         """The explanations that a request asks for. Raises `HFTasksError`.
@@ -100,7 +109,7 @@ class Explaining:
             rest = {name: value for name, value in call.parameters.items() if name not in own}
             written = ExplainOptions.read(options)
             merged = {**self._defaults, **own, **written.model_dump(exclude_unset=True)}
-            return call, self._signature.parse(rest), ExplainOptions.read(merged)
+            return call, self.signature.parse(rest), ExplainOptions.read(merged)
 
 
 class AnsweringService:
@@ -110,14 +119,24 @@ class AnsweringService:
     """
 
     def __init__(self, predictions: Service | None, explaining: Explaining, *, mode: str) -> None:
+        self.mode = mode
         self._predictions = predictions
         self._explaining = explaining
-        self._mode = mode
+
+    @property
+    def signature(self) -> Signature:
+        """Of the task."""
+        return self._explaining.signature
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Names of the methods that this model can be explained by."""
+        return self._explaining.methods
 
     async def answer(self, payload: InferenceRequest) -> list[ResponseOutput]:
         """The outputs for a request. Raises `HFTasksError`."""
         request, asked = split_request(payload)
-        if (asked.mode or self._mode) == EXPLAIN:
+        if (asked.mode or self.mode) == EXPLAIN:
             return await self._explaining.answer(request, asked.options, alone=True)
         if self._predictions is None:
             raise InvalidRequest("this model only explains, expected the mode explain @ mode")

@@ -20,14 +20,13 @@ from mlserver_hftasks.engine.cost import CostModel
 from mlserver_hftasks.engine.scheduler import Scheduler
 from mlserver_hftasks.engine.warmup import warm_up
 from mlserver_hftasks.errors import ForwardFailed, HFTasksError, Unavailable
-from mlserver_hftasks.explain.explainer import Explainer
 from mlserver_hftasks.loading import Served, load, probe_rows
 from mlserver_hftasks.metrics import ModelMetrics
+from mlserver_hftasks.runtime.assembly import answering, explaining_another
 from mlserver_hftasks.runtime.configuration import limits_of, settings_of, take_over_batching
-from mlserver_hftasks.runtime.explaining import AnsweringService, Explaining
+from mlserver_hftasks.runtime.explaining import AnsweringService
 from mlserver_hftasks.runtime.metadata import described
 from mlserver_hftasks.runtime.server import as_mlserver_error, limit_body, prepare_server
-from mlserver_hftasks.runtime.service import Service
 from mlserver_hftasks.settings import Settings
 
 logger = logging.getLogger("mlserver.hftasks")
@@ -61,50 +60,44 @@ class HFTasksRuntime(mlserver.MLModel):
     async def load(self) -> bool:
         """Load the model off the event loop, warm it up, start its device thread."""
         settings, cost = self._hf_settings, CostModel()
+        self._metrics = ModelMetrics(self.name, self.version)
+        if settings.infer_uri is not None:
+            self._service = explaining_another(settings, settings.infer_uri)
+            logger.info(
+                "loaded model=%s version=%s explains=%s", self.name, self.version or "-", settings.infer_uri
+            )
+            return True
         try:
             served = await asyncio.to_thread(_load, settings, cost)
         except HFTasksError as error:
             raise as_mlserver_error(error) from None
-        self._metrics = ModelMetrics(self.name, self.version)
+        set_threads = functools.partial(_set_threads, settings)
         batcher = Batcher(
             served.backend,
             Scheduler(limits_of(settings), cost, padded=served.backend.padded),
-            on_thread_start=functools.partial(_set_threads, settings),
+            on_thread_start=set_threads,
             observe=self._metrics.batch_ran,
             observe_queue=self._metrics.queued,
             name=self.name,
         )
-        self._served, self._service = served, self._answering(served, batcher)
+        self._served = served
+        self._service = answering(self.name, settings, served, batcher, set_threads)
         self._log_loaded(served, cost)
         return True
-
-    def _answering(self, served: Served, batcher: Batcher) -> AnsweringService:
-        settings = self._hf_settings
-        explainer = Explainer(
-            served.task,
-            served.backend,
-            batcher,
-            on_thread_start=functools.partial(_set_threads, settings),
-            name=f"{self.name}-explain",
-        )
-        explaining = Explaining(
-            explainer, served.task.signature, defaults=settings.explain, timeout_ms=settings.timeout_ms
-        )
-        predictions = Service(served.task, batcher, settings.timeout_ms)
-        return AnsweringService(predictions, explaining, mode=settings.mode)
 
     async def unload(self) -> bool:
         """Answer what is in flight, then give the memory back."""
         service, served = self._service, self._served
         self._service = self._served = None
-        if service is None or served is None:
+        if service is None:
             return True
         if self._in_flight:
             self._drained.clear()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._drained.wait(), DRAIN_SECONDS)
         await service.close()
-        served.backend.close()
+        if served is not None:
+            served.backend.close()
         del served, service
         await asyncio.to_thread(_give_memory_back)
         return True
@@ -112,7 +105,9 @@ class HFTasksRuntime(mlserver.MLModel):
     async def metadata(self) -> MetadataModelResponse:
         """Inputs, parameters and outputs of the task, and how the model is run."""
         response = await super().metadata()
-        return response if self._served is None else described(response, self._served)
+        if self._service is None:
+            return response
+        return described(response, self._service, self._served)
 
     # -- requests --------------------------------------------------------------------------------
 

@@ -10,7 +10,6 @@ model, and to whichever of its versions came first; these are the server's, adde
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +24,7 @@ from starlette.responses import Response
 
 from mlserver_hftasks.codecs.instances import encode_explanations, requests_of
 from mlserver_hftasks.codecs.request import EXPLAIN, MODE
+from mlserver_hftasks.engine.together import together
 from mlserver_hftasks.errors import HFTasksError
 from mlserver_hftasks.explain.tensors import RECORD_NAME
 
@@ -87,17 +87,8 @@ class Doors:
             groups = requests_of(body, RECORD_NAME)
         except HFTasksError as error:
             raise self._as_error(error) from None
-        answers = await self._ask_all([group.request for group in groups], model_name)
+        answers = await together(self._ask(group.request, model_name) for group in groups)
         return Response(encode_explanations(groups, answers), media_type="application/json")
-
-    async def _ask_all(self, requests: list[InferenceRequest], model_name: str) -> list[InferenceResponse]:
-        """All at once. The first that fails ends the others."""
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._ask(request, model_name)) for request in requests]
-        except* MLServerError as failed:
-            raise failed.exceptions[0] from None
-        return [task.result() for task in tasks]
 
     async def _ask(self, request: InferenceRequest, model_name: str) -> Any:
         setattr(request.parameters, MODE, EXPLAIN)

@@ -34,6 +34,8 @@ SIGNATURE = Signature(
 class FakeExplainer:
     """Explains each text, and keeps what it was asked."""
 
+    methods = ("auto", "occlusion")
+
     def __init__(self) -> None:
         self.asked: list[tuple[Any, Any, ExplainOptions]] = []
         self.delay_s = 0.0
@@ -137,7 +139,7 @@ async def test_explain_as_a_tensor() -> None:
 
 @pytest.mark.parametrize("desk", [Desk(mode="explain"), Desk()], ids=["setting", "request"])
 async def test_the_mode_gives_explanations_only(desk: Desk) -> None:
-    request = {} if desk.service._mode == "explain" else {"mode": "explain"}
+    request = {} if desk.service.mode == "explain" else {"mode": "explain"}
     made = await desk.ask(method="occlusion", top_k=4, truncation=True, **request)
     assert "output" not in made
     assert not desk.predictions.asked
