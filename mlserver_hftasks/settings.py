@@ -80,6 +80,9 @@ class Settings(BaseModel):
     )
     max_queue_rows: Count = Field(8192, description="most rows that wait; beyond: 429")
     max_queue_tokens: Count = Field(1_000_000, description="most tokens that wait; beyond: 429")
+    max_queue_explanations: Count = Field(
+        256, description="most texts that are explained or wait for it; beyond: 429"
+    )
     latency_target_ms: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_none_from_string)] = (
         Field(None, description="keep latency under this, refuse what cannot be: 429")
     )

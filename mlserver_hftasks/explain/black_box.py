@@ -28,8 +28,6 @@ from mlserver_hftasks.tasks.text import TEXTS
 
 WORD = re.compile(r"\w+(?:['\u2019]\w+)*|[^\w\s]")
 MAX_WORDS = 512
-MAX_WAITING = 64
-"""Most texts that are explained at once; beyond: 429."""
 METHODS = {"permutation-shap": permutation_shap, "occlusion": occlusion}
 DEFAULT_METHOD = "permutation-shap"
 LEFT_OUT = "left out"
@@ -60,11 +58,17 @@ class BlackBoxExplainer:
     """Explains what a `RemoteModel` says of texts. `replacement` stands for an absent word."""
 
     def __init__(
-        self, model: RemoteModel, *, replacement: str = "", limits: ItemLimits | None = None
+        self,
+        model: RemoteModel,
+        *,
+        replacement: str = "",
+        limits: ItemLimits | None = None,
+        max_waiting: int = 256,
     ) -> None:
         self._model = model
         self._replacement = replacement
         self._limits = limits or ItemLimits()
+        self._max_waiting = max_waiting
         self._waiting = 0
 
     @property
@@ -78,9 +82,10 @@ class BlackBoxExplainer:
         """One explanation per text. Raises `HFTasksError`."""
         method = self._method(options)
         texts = self._texts(inputs.get("inputs", ()))
-        if self._waiting + len(texts) > MAX_WAITING:
+        if self._waiting + len(texts) > self._max_waiting:
             raise Overloaded(
-                f"{self._waiting} texts are being explained, expected at most {MAX_WAITING} @ server"
+                f"{self._waiting} texts are being explained and the request brings {len(texts)}, expected at "
+                f"most {self._max_waiting} together @ max_queue_explanations"
             )
         until = None
         if options.deadline_ms is not None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from mlserver_hftasks.engine.batcher import Batcher
 from mlserver_hftasks.explain.black_box import SIGNATURE, BlackBoxExplainer
-from mlserver_hftasks.explain.explainer import Explainer
+from mlserver_hftasks.explain.explainer import Explainer, ExplainLimits
 from mlserver_hftasks.explain.remote import RemoteModel
 from mlserver_hftasks.loading import Served
 from mlserver_hftasks.runtime.explaining import AnsweringService, Explaining
@@ -20,7 +20,12 @@ def answering(
 ) -> AnsweringService:
     """Predictions of a model that was loaded here, and their explanations."""
     explainer = Explainer(
-        served.task, served.backend, batcher, on_thread_start=on_thread_start, name=f"{name}-explain"
+        served.task,
+        served.backend,
+        batcher,
+        limits=ExplainLimits(settings.max_queue_explanations),
+        on_thread_start=on_thread_start,
+        name=f"{name}-explain",
     )
     explaining = Explaining(
         explainer, served.task.signature, defaults=settings.explain, timeout_ms=settings.timeout_ms
@@ -33,6 +38,11 @@ def explaining_another(settings: Settings, infer_uri: str) -> AnsweringService:
     """Explanations of a model on another server, and nothing else. Made on the event loop that will await."""
     model = RemoteModel(infer_uri, input_name=settings.infer_input, output_name=settings.infer_output)
     limits = ItemLimits(settings.max_items, settings.max_text_chars)
-    explainer = BlackBoxExplainer(model, replacement=settings.infer_mask, limits=limits)
+    explainer = BlackBoxExplainer(
+        model,
+        replacement=settings.infer_mask,
+        limits=limits,
+        max_waiting=settings.max_queue_explanations,
+    )
     explaining = Explaining(explainer, SIGNATURE, defaults=settings.explain, timeout_ms=settings.timeout_ms)
     return AnsweringService(None, explaining, mode=settings.mode)

@@ -26,10 +26,14 @@ def described(
     response: MetadataModelResponse, service: AnsweringService, served: Served | None
 ) -> MetadataModelResponse:
     """MLServer's own answer, with what is served and how; None is served by who explains another model."""
-    response.inputs, response.outputs = tensors_of(service.signature, service.mode)
+    explains = bool(service.methods)
+    response.inputs, response.outputs = tensors_of(service.signature, service.mode, explains=explains)
+    own: dict[str, Any] = {"mode": service.mode}
+    if explains:
+        own["explain_methods"] = ", ".join(service.methods)
     if served is None:
         response.platform = response.platform or "v2"
-        response.parameters = V2Parameters(mode=service.mode, explain_methods=", ".join(service.methods))
+        response.parameters = V2Parameters(**own)
         return response
     how = served.backend.description
     response.platform = response.platform or "transformers"
@@ -40,13 +44,14 @@ def described(
         dtype=how.dtype,
         packing=how.packing,
         max_length=served.task.model.encoder.max_tokens,
-        mode=service.mode,
-        explain_methods=", ".join(service.methods),
+        **own,
     )
     return response
 
 
-def tensors_of(signature: Signature, mode: str) -> tuple[list[MetadataTensor], list[MetadataTensor]]:
+def tensors_of(
+    signature: Signature, mode: str, *, explains: bool
+) -> tuple[list[MetadataTensor], list[MetadataTensor]]:
     """Inputs and outputs of a model in that mode.
 
     Beside predictions an output that the task has too is the task's, and options come as one parameter.
@@ -56,6 +61,8 @@ def tensors_of(signature: Signature, mode: str) -> tuple[list[MetadataTensor], l
         options = ExplainOptions.model_json_schema()["properties"]
         return own + [_parameter(name, options[name]) for name in options], explanation_tensors(EXPLAIN)
     outputs = output_tensors(signature)
+    if not explains:
+        return input_tensors(signature), outputs
     known = {tensor.name for tensor in outputs}
     outputs += [tensor for tensor in explanation_tensors(mode) if tensor.name not in known]
     return [*input_tensors(signature), _parameter(EXPLAIN, _EXPLAIN_SCHEMA)], outputs
