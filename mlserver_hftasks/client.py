@@ -14,10 +14,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlserver_hftasks.explain.html import page
 from mlserver_hftasks.explain.reading import Reading, Target, Word
+
+if TYPE_CHECKING:
+    import httpx
 
 __all__ = ["AnsweredWithError", "Reading", "Target", "Word", "explain", "page", "read"]
 
@@ -34,18 +37,25 @@ class AnsweredWithError(Exception):
 
 
 def explain(
-    model_url: str, texts: Sequence[Any], *, timeout_s: float = TIMEOUT_S, **options: Any
+    model_url: str,
+    texts: Sequence[Any],
+    *,
+    client: httpx.Client | None = None,
+    timeout_s: float = TIMEOUT_S,
+    **options: Any,
 ) -> list[Reading]:
     """Ask a server to explain what the model at that URL says of each text; needs httpx.
 
-    `model_url` is `http://.../v2/models/NAME`, with `/versions/VERSION` if need be. `texts` are what the task
-    takes: texts, or dicts of `question` and `context` and the like. `options` are those of
-    docs/explanations.md, and the task's own parameters. Raises `AnsweredWithError`, and httpx's own errors.
+    `model_url` is `http://.../v2/models/NAME`, with `/versions/VERSION` if need be, or what completes the
+    URL of `client`. `texts` are what the task takes: texts, or dicts of `question` and `context` and the
+    like. `options` are those of docs/explanations.md, and the task's own parameters. Raises
+    `AnsweredWithError`, and httpx's own errors.
     """
     import httpx
 
     body = {"inputs": [_tensor(texts)], "outputs": [{"name": RECORD}], "parameters": options}
-    response = httpx.post(f"{model_url.rstrip('/')}/explain", json=body, timeout=timeout_s)
+    post = httpx.post if client is None else client.post
+    response = post(f"{model_url.rstrip('/')}/explain", json=body, timeout=timeout_s)
     if response.is_error:
         raise AnsweredWithError(response.status_code, _message(response.text))
     return read(response.json())
