@@ -48,7 +48,7 @@ class ExplainOptions(CheckedModel):
         "there is none. Special tokens are never absent",
     )
     tolerance: float = Field(
-        0.02, gt=0, le=1, description="converged when the error is below this share of the attributions"
+        0.05, gt=0, le=1, description="converged when the error is below this share of the attributions"
     )
     max_evals: int | None = Field(
         None, ge=2, le=MOST_EVALUATIONS, description="most evaluations of the model for one text"

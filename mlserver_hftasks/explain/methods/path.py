@@ -1,14 +1,14 @@
 """Methods that add up gradients on the straight path from a baseline (alpha 0) to the text (alpha 1).
 
 Integrated gradients (https://arxiv.org/abs/1703.01365), by a fixed rule or by one that looks where the
-path bends, and the gradient at its end alone.
+gradients change, and the gradient at the end alone.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
@@ -30,74 +30,95 @@ PathMethod = Generator[Sequence[float], Sequence[Point | None], Estimate]
 """Asks for points by their alpha."""
 Known = dict[float, Point]
 
-_INNER = float(np.sqrt(3 / 7))
-NODES = (-1.0, -_INNER, 0.0, _INNER, 1.0)
-WEIGHTS = (1 / 10, 49 / 90, 32 / 45, 49 / 90, 1 / 10)
-"""The Gauss-Lobatto rule of five points on [-1, 1], exact for polynomials of degree 7."""
-FIRST_PANELS = ((0.0, 0.5), (0.5, 1.0))
+START = (1.0, 0.0, 0.5, 0.25, 0.125, 0.75, 0.375)
+"""The first points, most important first: most models make up their mind in the first half of the path."""
 MAX_EVALS = 129
 """Most evaluations of the adaptive rule, where the client does not say."""
-COST_OF_SPLIT = 6
-"""Two halves have nine points, of which three are known."""
-MIN_WIDTH = 2.0**-20
-"""No panel is narrower: points closer than that are the same in float32."""
+NARROWEST = 2.0**-16
+"""No interval is halved below this: points closer than that are nearly the same in float32."""
+FINE, COARSE = 6, 4
+"""How many of the nearest points an interval is integrated by, and by how many to see how well."""
 FIXED_STEPS = 50
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Panel:
-    """A piece of the path, with the integral over it."""
-
-    start: float
-    end: float
-    integral: FloatArray
-    """[K, features]"""
-    error: FloatArray
-    """[K], by how much the integral misses the difference of the scores at both ends."""
-
-    @classmethod
-    def over(cls, start: float, end: float, known: Known) -> Panel:
-        """Needs to know the points of `nodes`."""
-        points = [known[alpha] for alpha in nodes(start, end)]
-        half = (end - start) / 2
-        integral = half * _total(w * point.contribution for w, point in zip(WEIGHTS, points, strict=True))
-        rise = points[-1].score - points[0].score
-        return cls(start, end, integral, np.abs(integral.sum(axis=1) - rise))
-
-    def halves(self) -> tuple[tuple[float, float], ...]:
-        """Both halves, as starts and ends."""
-        middle = (self.start + self.end) / 2
-        return (self.start, middle), (middle, self.end)
-
-
-def nodes(start: float, end: float) -> list[float]:
-    """The five alphas of a panel; neighbours share theirs exactly."""
-    middle, half = (start + end) / 2, (end - start) / 2
-    return [start, middle + half * NODES[1], middle, middle + half * NODES[3], end]
 
 
 def adaptive(effort: Effort) -> PathMethod:
     """Integrated gradients, with points where they are needed.
 
-    The sum of what a panel attributes must be the difference of the scores at its ends; a panel that misses
-    it is split in halves, which keeps its ends and its middle. Panels that fit are left alone.
+    Between two neighbouring points the gradients are integrated as the polynomial through the nearest
+    `FINE` points. An interval is in doubt as far as that differs, token by token, from what fewer points
+    say, or as its sum differs from that of the scores; those most in doubt are halved.
     """
     most = effort.max_evals or MAX_EVALS
     known: Known = {}
-    first = _unique(alpha for panel in FIRST_PANELS for alpha in nodes(*panel))
-    complete = yield from _learn(known, first[:most])
-    if not complete or len(first) > most:
-        return _by_trapezoids(known, effort)
-    panels = [Panel.over(*bounds, known) for bounds in FIRST_PANELS]
-    while worst := _worst(panels, effort.tolerance)[: (most - len(known)) // COST_OF_SPLIT]:
-        wanted = _unique(alpha for panel in worst for half in panel.halves() for alpha in nodes(*half))
-        complete = yield from _learn(known, [alpha for alpha in wanted if alpha not in known])
-        panels = [piece for panel in panels for piece in _refined(panel, known)]
-        if not complete:
+    complete = yield from _learn(known, START[:most])
+    while complete:
+        middles = _doubtful(known, effort.tolerance)[: most - len(known)]
+        if not middles:
             break
-    return _estimate(
-        _total(panel.integral for panel in panels), _total(panel.error for panel in panels), known, effort
+        complete = yield from _learn(known, middles)
+    return _interpolated(known, effort)
+
+
+def _doubtful(known: Known, tolerance: float) -> list[float]:
+    """The middles of the intervals to halve, worst first; the others together are within the tolerance."""
+    alphas = np.array(sorted(known))
+    integral, doubts = _integrate(known)
+    doubts = doubts / (tolerance * size(integral))
+    if (doubts.sum(axis=0) <= 1).all():
+        return []
+    order = np.argsort(doubts.max(axis=1))
+    fitting = int((np.cumsum(doubts[order], axis=0) <= 1 / 2).all(axis=1).sum())
+    bad = order[fitting:][::-1]
+    wide = bad[(alphas[bad + 1] - alphas[bad]) > NARROWEST]
+    return [float(middle) for middle in (alphas[wide] + alphas[wide + 1]) / 2]
+
+
+def _interpolated(known: Known, effort: Effort) -> Estimate:
+    """What can be said from whatever points there are, both ends among them."""
+    if not {0.0, 1.0} <= known.keys():
+        raise too_late()
+    integral, doubts = _integrate(known)
+    return _estimate(integral, doubts.sum(axis=0), known, effort)
+
+
+def _integrate(known: Known) -> tuple[FloatArray, FloatArray]:
+    """The integral over the path, [K, features], and the doubts about each interval, [intervals, K]."""
+    alphas = tuple(sorted(known))
+    fine, coarse = _weights(alphas)
+    contributions = np.stack([known[alpha].contribution for alpha in alphas])
+    scores = np.stack([known[alpha].score for alpha in alphas])
+    pieces = np.tensordot(fine, contributions, axes=1)
+    differences = np.abs(np.tensordot(fine - coarse, contributions, axes=1)).sum(axis=2)
+    missed = np.abs(pieces.sum(axis=2) - np.diff(scores, axis=0))
+    return pieces.sum(axis=0), np.maximum(differences, missed)
+
+
+@functools.lru_cache(maxsize=256)
+def _weights(alphas: tuple[float, ...]) -> tuple[FloatArray, FloatArray]:
+    """Of each point in the integral over each interval, both [intervals, points]: finely and coarsely."""
+    points = np.array(alphas)
+    fine = min(FINE, len(points))
+    return _interpolatory(points, fine), _interpolatory(points, max(min(COARSE, fine - 1), 1))
+
+
+def _interpolatory(points: FloatArray, count: int) -> FloatArray:
+    """Weights that integrate the polynomial through the nearest `count` points: [intervals, points].
+
+    They solve the moment equations on each interval, mapped to [-1, 1], all at once.
+    """
+    intervals = np.arange(len(points) - 1)
+    first = np.clip(intervals - (count - 2) // 2, 0, len(points) - count)
+    nearest = first[:, None] + np.arange(count)
+    middle, half = (points[1:] + points[:-1]) / 2, np.diff(points) / 2
+    local = (points[nearest] - middle[:, None]) / half[:, None]
+    powers = np.arange(count)
+    moments = np.where(powers % 2, 0.0, 2.0 / (powers + 1))
+    solved = np.linalg.solve(
+        local[:, None, :] ** powers[:, None], np.tile(moments[:, None], (len(local), 1, 1))
     )
+    weights = np.zeros((len(local), len(points)))
+    weights[intervals[:, None], nearest] = solved[..., 0] * half[:, None]
+    return weights.astype(np.float32)
 
 
 def fixed(effort: Effort) -> PathMethod:
@@ -108,7 +129,7 @@ def fixed(effort: Effort) -> PathMethod:
     known: Known = {}
     complete = yield from _learn(known, [1.0, 0.0, *alphas])
     if not complete:
-        return _by_trapezoids(known, effort)
+        return _interpolated(known, effort)
     weighted = zip(weights / 2, alphas, strict=True)
     return _complete_estimate(_total(w * known[alpha].contribution for w, alpha in weighted), known, effort)
 
@@ -129,23 +150,6 @@ def _learn(known: Known, alphas: Sequence[float]) -> Generator[Sequence[float], 
     return all(point is not None for point in points)
 
 
-def _unique(alphas: Iterable[float]) -> list[float]:
-    """Both ends first: without them there is no estimate at all."""
-    return list(dict.fromkeys([1.0, 0.0, *alphas]))
-
-
-def _by_trapezoids(known: Known, effort: Effort) -> Estimate:
-    """What can be said from whatever points there are."""
-    if not {0.0, 1.0} <= known.keys():
-        raise too_late()
-    alphas = sorted(known)
-    integral = _total(
-        (end - start) / 2 * (known[start].contribution + known[end].contribution)
-        for start, end in pairwise(alphas)
-    )
-    return _complete_estimate(integral, known, effort)
-
-
 def _complete_estimate(attributions: FloatArray, known: Known, effort: Effort) -> Estimate:
     """With the error that completeness shows."""
     missed = attributions.sum(axis=1) - (known[1.0].score - known[0.0].score)
@@ -163,28 +167,9 @@ def _estimate(attributions: FloatArray, error: FloatArray, known: Known, effort:
     )
 
 
-def _worst(panels: Sequence[Panel], tolerance: float) -> list[Panel]:
-    """The panels to split, worst first; the others together are within half the tolerance."""
-    allowed = tolerance * size(_total(panel.integral for panel in panels))
-    errors = np.stack([panel.error / allowed for panel in panels])
-    if (errors.sum(axis=0) <= 1).all():
-        return []
-    order = np.argsort(errors.max(axis=1))
-    fitting = int((np.cumsum(errors[order], axis=0) <= 1 / 2).all(axis=1).sum())
-    bad = [panels[index] for index in reversed(order[fitting:])]
-    return [panel for panel in bad if panel.end - panel.start > MIN_WIDTH]
-
-
 def _total(arrays: Iterable[FloatArray]) -> FloatArray:
     total: FloatArray = np.sum(list(arrays), axis=0)
     return total
-
-
-def _refined(panel: Panel, known: Known) -> list[Panel]:
-    """Its halves, if all their points are known."""
-    if all(alpha in known for half in panel.halves() for alpha in nodes(*half)):
-        return [Panel.over(*half, known) for half in panel.halves()]
-    return [panel]
 
 
 METHODS: Mapping[str, Callable[[Effort], PathMethod]] = {
