@@ -12,9 +12,11 @@ from itertools import groupby
 from typing import Any
 
 from mlserver_hftasks.explain.html import fragment
+from mlserver_hftasks.explain.scale import Scale
 
 CONTINUATIONS = ("##", "\u0120", "\u2581", "\u010a")
 """What tokenizers put before a token: an inside of a word, a space (twice), a line's end."""
+SUMMARY_WORDS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,7 @@ class Target:
     """One per token, special ones included."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Reading:
     """One explanation. In a notebook it shows as a heat map."""
 
@@ -101,8 +103,18 @@ class Reading:
         ]
         return pandas.DataFrame(rows)
 
+    def __repr__(self) -> str:
+        """The targets with their weightiest words."""
+        return f"Reading({'; '.join(self._summary(index) for index in range(len(self.targets)))})"
+
     def _repr_html_(self) -> str:
         return fragment(self)
+
+    def _summary(self, target: int) -> str:
+        words = sorted(self.words(target), key=lambda word: -abs(word.attribution))[:SUMMARY_WORDS]
+        scale = Scale(word.attribution for word in words)
+        said = ", ".join(f"{word.text} {scale.number(word.attribution)}" for word in words)
+        return f"{self.targets[target].label}: {said}"
 
     def _groups(self) -> Iterator[list[int]]:
         """The tokens of each word; a token of which nobody knows the word is one by itself."""

@@ -66,6 +66,14 @@ def test_words_of_another_target() -> None:
     assert [word.attribution for word in both.words(1)] != [word.attribution for word in both.words()]
 
 
+def test_a_console_shows_the_weightiest_words() -> None:
+    attributions = np.zeros_like(explanation().attributions)
+    attributions[0, 1], attributions[0, 2] = 2.0, -1.0
+    made = repr(reading(explanation(attributions=attributions)))
+    assert made.startswith("Reading(POSITIVE: The +2.00, soup \u22121.00, ")
+    assert len(made) < 100
+
+
 def test_a_frame_has_a_line_per_target_and_word() -> None:
     pandas = pytest.importorskip("pandas")
     made = reading(explanation(labels=("A", "B")))
