@@ -1,7 +1,8 @@
 """A small sentiment model whose relevant words are known, trained in seconds.
 
-A text is of neutral words and of one to three words of one sentiment, at random places; the label is that
-sentiment. A model that reads all texts right looks at those words, and nothing else can tell it.
+A text is of neutral words and of up to three words of each sentiment, at random places. The model learns the
+log-odds: the number of words of one sentiment less that of the other. So each such word counts alike, and
+nothing else can tell it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ SPECIAL = {
     "sep_token": "[SEP]",
     "mask_token": "[MASK]",
 }
-STEPS, BATCH, MOST_TOKENS = 400, 48, 64
+STEPS, BATCH, MOST_TOKENS = 160, 32, 64
 
 
 @functools.cache
@@ -52,11 +53,11 @@ def folder() -> Path:
     return path
 
 
-def texts(count: int, seed: int, least: int = 4, most: int = 24) -> tuple[list[str], list[int]]:
-    """Texts of so many words, and their labels."""
+def texts(count: int, seed: int, least: int = 8, most: int = 24) -> tuple[list[str], list[int]]:
+    """Texts of so many words, and the log-odds of the second label."""
     draw = np.random.default_rng(seed)
-    labels = draw.integers(0, 2, count).tolist()
-    return [_text(draw, label, int(draw.integers(least, most + 1))) for label in labels], labels
+    made = [_text(draw, int(draw.integers(least, most + 1))) for _ in range(count)]
+    return [text for text, _ in made], [odds for _, odds in made]
 
 
 def is_telling(word: str) -> bool:
@@ -64,12 +65,13 @@ def is_telling(word: str) -> bool:
     return any(word in words for words in TELLING)
 
 
-def _text(draw: np.random.Generator, label: int, length: int) -> str:
+def _text(draw: np.random.Generator, length: int) -> tuple[str, int]:
     words = [str(word) for word in draw.choice(NEUTRAL, length)]
-    telling = int(draw.integers(1, 4))
-    for place in draw.choice(length, telling, replace=False):
-        words[place] = str(draw.choice(TELLING[label]))
-    return " ".join(words)
+    against, speaking_for = draw.integers(0, 4, 2).tolist()
+    places = draw.choice(length, against + speaking_for, replace=False)
+    for index, place in enumerate(places):
+        words[place] = str(draw.choice(TELLING[int(index >= against)]))
+    return " ".join(words), speaking_for - against
 
 
 def _trained(tokenizer: PreTrainedTokenizerFast) -> BertForSequenceClassification:
@@ -88,23 +90,23 @@ def _trained(tokenizer: PreTrainedTokenizerFast) -> BertForSequenceClassificatio
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=STEPS)
     for step in range(STEPS):
-        batch, labels = texts(BATCH, seed=1000 + step)
-        inputs = _with_masks(tokenizer, batch, step)
-        loss = model(**inputs, labels=torch.tensor(labels)).loss
-        loss.backward()
+        batch, odds = texts(BATCH, seed=1000 + step)
+        logits = model(**_with_masks(tokenizer, batch, step)).logits
+        wanted = torch.sigmoid(torch.tensor([[-each, each] for each in odds], dtype=torch.float32))
+        torch.nn.functional.cross_entropy(logits, wanted).backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
     return model.eval()
 
 
-def _with_masks(tokenizer: PreTrainedTokenizerFast, batch: Sequence[str], step: int) -> dict[str, torch.Tensor]:
+def _with_masks(
+    tokenizer: PreTrainedTokenizerFast, batch: Sequence[str], step: int
+) -> dict[str, torch.Tensor]:
     """The texts with some neutral words masked, so that the mask token is nothing new to the model."""
     draw = np.random.default_rng(step)
     masked = [
-        " ".join(
-            "[MASK]" if not is_telling(word) and draw.random() < 0.2 else word for word in text.split()
-        )
+        " ".join("[MASK]" if not is_telling(word) and draw.random() < 0.3 else word for word in text.split())
         for text in batch
     ]
     inputs: dict[str, torch.Tensor] = dict(tokenizer(masked, padding=True, return_tensors="pt"))

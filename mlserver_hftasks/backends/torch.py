@@ -65,8 +65,11 @@ class TorchBackend:
 
     def close(self) -> None:
         """See `base.Backend`."""
+        for gradients in self._gradients or ():
+            if gradients is not None:
+                gradients.close()
         self._backbone.release()
-        del self._model, self._backbone
+        del self._model, self._backbone, self._gradients
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 

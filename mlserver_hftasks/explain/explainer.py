@@ -135,9 +135,8 @@ class Explainer:
 
     async def close(self) -> None:
         """Fail what still waits, and end the thread."""
-        if self._paths is not None and self._gradients is not None:
+        if self._paths is not None:
             await self._paths.close()
-            self._gradients.close()
 
     # -- before: what is asked, and of what ------------------------------------------------------
 

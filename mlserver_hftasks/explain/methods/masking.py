@@ -19,7 +19,7 @@ USUAL_PAIRS = 8
 """Pairs of permutations, where the client does not say how many evaluations there may be."""
 FEWEST_PAIRS = 3
 """The error of a mean over fewer says little."""
-MAX_PAIRS = 1000
+MAX_PAIRS = 100
 MAX_EVALS = 10_000
 EXACT_FEATURES = 2
 """Of so few features one pair of permutations is all there are."""
