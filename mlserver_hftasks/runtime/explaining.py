@@ -24,13 +24,13 @@ from mlserver_hftasks.codecs.response import encode_tensor
 from mlserver_hftasks.errors import InvalidRequest, did_you_mean
 from mlserver_hftasks.explain.options import ExplainOptions
 from mlserver_hftasks.explain.result import Explanation
-from mlserver_hftasks.explain.tensors import OUTPUTS, default_names, tensors_of
+from mlserver_hftasks.explain.tensors import HTML_NAME, OUTPUTS, default_names, tensors_of
 from mlserver_hftasks.runtime.offload import BULK_CHARS, Deadline, run_for
 from mlserver_hftasks.runtime.service import Service, names_of, nesting_checked
 from mlserver_hftasks.tasks.signature import Parameters, Signature
 
-CHARS_PER_TOKEN = 20
-"""Encoding a token of an explanation costs about as much as tokenizing so many characters."""
+CHARS_PER_TOKEN, CHARS_PER_DRAWN_TOKEN = 4, 80
+"""Encoding, or drawing, a token of an explanation costs about as much as tokenizing so many characters."""
 OPTION_NAMES = frozenset(ExplainOptions.model_fields)
 OUTPUT_NAMES = tuple(spec.name for spec in OUTPUTS)
 
@@ -88,8 +88,10 @@ class Explaining:
             call, parameters, asked = await run_for(work, self._decode, request, options, alone)
             deadline.tighten(parameters.timeout_ms)
             explanations = await self._explainer.explain(call.inputs, parameters, asked)
-            tokens = sum(explanation.attributions.size for explanation in explanations)
-            return await run_for(CHARS_PER_TOKEN * tokens, _encode, call.outputs, explanations, asked)
+            names = call.outputs or default_names(asked)
+            per_token = CHARS_PER_DRAWN_TOKEN if HTML_NAME in names else CHARS_PER_TOKEN
+            work = per_token * sum(explanation.attributions.size for explanation in explanations)
+            return await run_for(work, _encode, names, explanations, asked)
 
     async def close(self) -> None:
         """Fail what still waits."""
@@ -170,6 +172,5 @@ class AnsweringService:
 def _encode(
     names: Sequence[str], explanations: Sequence[Explanation], options: ExplainOptions
 ) -> list[ResponseOutput]:
-    names = names or default_names(options)
     tensors = tensors_of(names, explanations, options)
     return [encode_tensor(name, tensors[name].datatype, tensors[name].values) for name in names]
