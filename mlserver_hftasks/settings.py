@@ -115,16 +115,19 @@ class Settings(BaseModel):
         16 * 2**20, description="most bytes of a REST body after gunzip; beyond: 413"
     )
     mode: Literal["infer", "explain"] = Field(
-        "infer", description="`explain`: every request is answered with explanations"
+        "infer", description="`explain`: every request is answered with explanations; so with `infer_uri`"
     )
     explain: Annotated[dict[str, Any], Json] = Field(
         default_factory=dict, description="options of explanations, for requests that do not say"
     )
-    infer_uri: str | None = Field(
+    infer_uri: Annotated[str | None, BeforeValidator(_none_from_string)] = Field(
         None, description="explain the V2 model at this URL, as a black box; see docs/explanations.md"
     )
+    explainer_type: Annotated[str | None, BeforeValidator(_none_from_string)] = Field(
+        None, description="the `method` of explanations, as Seldon Core v2 sets it beside `infer_uri`"
+    )
     infer_input: str = Field("array_inputs", description="its input that takes texts")
-    infer_output: str | None = Field(
+    infer_output: Annotated[str | None, BeforeValidator(_none_from_string)] = Field(
         None, description="its output [texts, labels] of numbers; else labels with scores as JSON"
     )
     infer_mask: str = Field(
@@ -150,11 +153,14 @@ class Settings(BaseModel):
                 raise ValueError("true, false, longest_first, only_first, only_second or do_not_truncate")
         return value
 
-    @model_validator(mode="after")
-    def _explains_another(self) -> Settings:
-        if self.infer_uri is not None and self.mode != "explain":
+    @model_validator(mode="before")
+    @classmethod
+    def _explains_another(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or _none_from_string(values.get("infer_uri")) is None:
+            return values
+        if values.get("mode", "explain") != "explain":
             raise ValueError('infer_uri beside the mode "infer", expected "mode": "explain"')
-        return self
+        return {**values, "mode": "explain"}
 
     @model_validator(mode="after")
     def _suffix_fits(self) -> Settings:

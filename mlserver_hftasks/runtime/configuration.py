@@ -25,14 +25,18 @@ def settings_of(settings: mlserver.ModelSettings) -> Settings:
     if settings.max_batch_size > 1:
         defaults["batch_size"] = settings.max_batch_size
     read = read_settings(extra, os.environ, defaults)
-    _check_options(read.explain)
+    options = dict(read.explain)
+    if read.explainer_type is not None:
+        options.setdefault("method", read.explainer_type)
+    _check_options(options)
     if read.infer_uri is not None:
         check_uri(read.infer_uri, os.environ)
-    names = {
+    changed = {
+        "explain": options,
         "pretrained_model": _resolved(settings, read.pretrained_model or uri),
         "pretrained_tokenizer": _resolved(settings, read.pretrained_tokenizer),
     }
-    return read.model_copy(update=names)
+    return read.model_copy(update=changed)
 
 
 def _check_options(options: dict[str, Any]) -> None:
