@@ -57,12 +57,12 @@ def tokens_of(subject: Subject, tokenizer: Any, level: Literal["token", "word"])
     words = _numbers(getattr(encoding, "word_ids", None), chosen)
     sequences = _numbers(getattr(encoding, "sequence_ids", None), chosen)
     texts = _texts(source, subject)
-    offsets = subject.offsets
-    if offsets is None:
-        offsets = _offsets(encoding, chosen, sequences, texts)
+    spans = subject.offsets
+    if spans is None and hasattr(encoding, "offsets"):
+        spans = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)[chosen]
     return Tokens(
         names=tuple(tokenizer.convert_ids_to_tokens(row.arrays["input_ids"].tolist())),
-        offsets=offsets,
+        offsets=_offsets(spans, sequences, texts),
         word_ids=words,
         sequence_ids=sequences,
         texts=texts,
@@ -117,12 +117,11 @@ def _texts(source: Source, subject: Subject) -> tuple[str, ...]:
     return both if isinstance(source.text, tuple) else ()
 
 
-def _offsets(encoding: Any, chosen: IntArray, sequences: IntArray, texts: Sequence[str]) -> IntArray:
-    """[T, 2], without the white space that some tokenizers count to a token."""
-    offsets = np.full((len(chosen), 2), -1, dtype=np.int64)
-    if not hasattr(encoding, "offsets"):
+def _offsets(spans: IntArray | None, sequences: IntArray, texts: Sequence[str]) -> IntArray:
+    """[T, 2], without the white space that some tokenizers count to a token; -1 where there is nothing."""
+    offsets = np.full((len(sequences), 2), -1, dtype=np.int64)
+    if spans is None:
         return offsets
-    spans = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)[chosen]
     for index in np.flatnonzero(sequences >= 0).tolist():
         start, end = spans[index].tolist()
         piece = texts[sequences[index]][start:end] if sequences[index] < len(texts) else ""

@@ -89,7 +89,7 @@ def test_shap_comes_near_the_definition_with_many_evaluations() -> None:
         np.abs(run(masking.permutation_shap(7, Effort(1e-9, most)), table(7)).attributions[0] - exact).sum()
         for most in (30, 128)
     ]
-    assert errors[1] < 0.1 * np.abs(exact).sum() < errors[0]
+    assert errors[1] < 0.3 * np.abs(exact).sum() < errors[0]
 
 
 def table(features: int) -> Recorded:

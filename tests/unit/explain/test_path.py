@@ -90,13 +90,13 @@ def test_adaptive_keeps_its_tolerance_token_by_token(template: Steps, tolerance:
 
 
 def test_adaptive_asks_where_the_path_bends() -> None:
-    smooth, sharp = fresh(SMOOTH), fresh(SHARP)
-    assert run(path.adaptive(Effort(0.02)), smooth).evaluations <= 9
-    estimate = run(path.adaptive(Effort(0.02)), sharp)
+    assert run(path.adaptive(Effort(0.02)), fresh(SMOOTH)).evaluations <= 9
+    sudden = Steps([[1.0, 0.5]], [0.2, 0.21], [0.006, 0.006])
+    estimate = run(path.adaptive(Effort(0.02)), sudden)
     assert estimate.evaluations < 45
-    assert error(estimate, sharp).max() < error(run(path.fixed(Effort(0.02, 47)), fresh(SHARP)), sharp).max()
-    late = [alpha for alpha in sharp.asked if alpha > 0.8]
-    assert len(late) <= 2  # nothing happens there
+    by_rule = run(path.fixed(Effort(0.02, estimate.evaluations)), fresh(sudden))
+    assert error(estimate, sudden) <= 0.02 < 0.3 < error(by_rule, sudden)
+    assert sum(alpha > 0.5 for alpha in sudden.asked) <= 5  # nothing happens there
 
 
 @pytest.mark.parametrize("most", [2, 3, 5, 7, 8, 12, 20])
