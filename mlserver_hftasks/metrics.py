@@ -8,6 +8,9 @@
 | `hftasks_batch_tokens` | histogram | real tokens per batch |
 | `hftasks_padding_share` | histogram | share of a batch's computed tokens that are padding |
 | `hftasks_forward_seconds` | histogram | the model's time per batch |
+| `hftasks_explain_seconds` | histogram | time of a request for explanations, without its prediction |
+| `hftasks_explain_evaluations` | histogram | evaluations of the model per explained text |
+| `hftasks_explain_unconverged_total` | counter | explained texts of which some target has not converged |
 | `hftasks_refused_total` | counter | requests refused with 429 |
 | `hftasks_errors_total` | counter | requests that failed, by `kind`: the class of the error |
 
@@ -17,6 +20,8 @@ Collectors are made at first use, after MLServer has set up its multiprocess fil
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -25,10 +30,23 @@ from prometheus_client import Counter, Gauge, Histogram
 from mlserver_hftasks.engine.batcher import BatchReport
 from mlserver_hftasks.errors import HFTasksError, Overloaded
 
+
+@dataclass(frozen=True, slots=True)
+class ExplainReport:
+    """What there is to measure about one request for explanations."""
+
+    seconds: float
+    evaluations: Sequence[int]
+    """Per text."""
+    unconverged: int
+    """Texts of which some target has not converged."""
+
+
 _LABELS = ("model_name", "model_version")
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+_EVALUATIONS = (2, 5, 10, 15, 20, 30, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
 _SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
@@ -46,6 +64,11 @@ def _collectors() -> dict[str, Any]:
         "tokens": histogram("batch_tokens", "real tokens per batch", _TOKENS),
         "padding": histogram("padding_share", "share of computed tokens that are padding", _SHARES),
         "forward": histogram("forward_seconds", "time of the model per batch", _SECONDS),
+        "explain": histogram("explain_seconds", "time of a request for explanations", _SECONDS),
+        "evaluations": histogram("explain_evaluations", "evaluations per explained text", _EVALUATIONS),
+        "unconverged": Counter(
+            "hftasks_explain_unconverged_total", "explained texts that have not converged", _LABELS
+        ),
         "refused": Counter("hftasks_refused_total", "requests refused with 429", _LABELS),
         "errors": Counter("hftasks_errors_total", "requests that failed", (*_LABELS, "kind")),
     }
@@ -71,6 +94,13 @@ class ModelMetrics:
         self._of["forward"].observe(report.forward_s)
         for wait in report.queue_wait_s:
             self._of["queue_wait"].observe(wait)
+
+    def explained(self, report: ExplainReport) -> None:
+        """Record one request for explanations."""
+        self._of["explain"].observe(report.seconds)
+        for evaluations in report.evaluations:
+            self._of["evaluations"].observe(evaluations)
+        self._of["unconverged"].inc(report.unconverged)
 
     def queued(self, rows: int) -> None:
         """Record the depth of the queue."""

@@ -62,7 +62,7 @@ class HFTasksRuntime(mlserver.MLModel):
         settings, cost = self._hf_settings, CostModel()
         self._metrics = ModelMetrics(self.name, self.version)
         if settings.infer_uri is not None:
-            self._service = explaining_another(settings, settings.infer_uri)
+            self._service = explaining_another(settings, settings.infer_uri, self._metrics)
             logger.info(
                 "loaded model=%s version=%s explains=%s", self.name, self.version or "-", settings.infer_uri
             )
@@ -81,7 +81,7 @@ class HFTasksRuntime(mlserver.MLModel):
             name=self.name,
         )
         self._served = served
-        self._service = answering(self.name, settings, served, batcher, set_threads)
+        self._service = answering(self.name, settings, served, batcher, self._metrics, set_threads)
         self._log_loaded(served, cost)
         return True
 
