@@ -16,11 +16,12 @@ from mlserver_hftasks.explain.remote import RemoteModel
 from mlserver_hftasks.loading import Served
 from mlserver_hftasks.metrics import ModelMetrics
 from mlserver_hftasks.runtime.configuration import limits_of, step_limits_of
-from mlserver_hftasks.runtime.explaining import AnsweringService, Explaining
+from mlserver_hftasks.runtime.explaining import AnsweringService, Explaining, Explains
 from mlserver_hftasks.runtime.generation import GenerationService
 from mlserver_hftasks.runtime.service import RowService, Service
 from mlserver_hftasks.settings import Settings
 from mlserver_hftasks.tasks.base import ItemLimits
+from mlserver_hftasks.tasks.signature import Signature
 from mlserver_hftasks.tasks.text_generation import TextGeneration
 
 
@@ -52,14 +53,12 @@ def answering(
         on_thread_start=on_thread_start,
         name=f"{name}-explain",
     )
-    explaining = Explaining(
-        explainer, served.task.signature, defaults=settings.explain, timeout_ms=settings.timeout_ms
-    )
+    explaining = _explaining(explainer, served.task.signature, settings, metrics)
     predictions = _predictions(name, settings, served, batcher, metrics, on_thread_start)
     return AnsweringService(predictions, explaining, mode=settings.mode)
 
 
-def explaining_another(settings: Settings, infer_uri: str) -> AnsweringService:
+def explaining_another(settings: Settings, infer_uri: str, metrics: ModelMetrics) -> AnsweringService:
     """Explanations of a model on another server, and nothing else. Made on the event loop that will await."""
     model = RemoteModel(infer_uri, input_name=settings.infer_input, output_name=settings.infer_output)
     limits = ItemLimits(settings.max_items, settings.max_text_chars)
@@ -69,8 +68,19 @@ def explaining_another(settings: Settings, infer_uri: str) -> AnsweringService:
         limits=limits,
         max_waiting=settings.max_queue_explanations,
     )
-    explaining = Explaining(explainer, SIGNATURE, defaults=settings.explain, timeout_ms=settings.timeout_ms)
-    return AnsweringService(None, explaining, mode=settings.mode)
+    return AnsweringService(None, _explaining(explainer, SIGNATURE, settings, metrics), mode=settings.mode)
+
+
+def _explaining(
+    explainer: Explains, signature: Signature, settings: Settings, metrics: ModelMetrics
+) -> Explaining:
+    return Explaining(
+        explainer,
+        signature,
+        defaults=settings.explain,
+        timeout_ms=settings.timeout_ms,
+        observe=metrics.explained,
+    )
 
 
 def _predictions(

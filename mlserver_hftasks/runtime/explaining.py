@@ -6,7 +6,8 @@ setting of that name), or by its parameter `explain` and then gets the predictio
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
@@ -26,6 +27,7 @@ from mlserver_hftasks.errors import InvalidRequest, did_you_mean
 from mlserver_hftasks.explain.options import ExplainOptions
 from mlserver_hftasks.explain.result import Explanation
 from mlserver_hftasks.explain.tensors import HTML_NAME, OUTPUTS, default_names, tensors_of
+from mlserver_hftasks.metrics import ExplainReport
 from mlserver_hftasks.runtime.offload import BULK_CHARS, Deadline, run_for
 from mlserver_hftasks.runtime.service import Reply, Service, names_of, nesting_checked
 from mlserver_hftasks.tasks.signature import Parameters, Signature
@@ -62,8 +64,10 @@ class Explaining:
         *,
         defaults: Mapping[str, Any] | None = None,
         timeout_ms: float | None = None,
+        observe: Callable[[ExplainReport], None] = lambda report: None,
     ) -> None:
         self.signature = signature
+        self._observe = observe
         self._explainer = explainer
         self._defaults = dict(defaults or {})
         self._timeout_ms = timeout_ms
@@ -84,6 +88,7 @@ class Explaining:
         `options` as the client wrote them under the name `explain`; `alone`, without a prediction: options
         may also come as parameters of the request, and then win over the task's of the same name.
         """
+        began = time.monotonic()
         async with Deadline(self._timeout_ms) as deadline:
             work = size_of(request, BULK_CHARS)
             call, parameters, asked = await run_for(work, self._decode, request, options, alone)
@@ -92,7 +97,9 @@ class Explaining:
             names = call.outputs or default_names(asked)
             per_token = CHARS_PER_DRAWN_TOKEN if HTML_NAME in names else CHARS_PER_TOKEN
             work = per_token * sum(explanation.attributions.size for explanation in explanations)
-            return await run_for(work, _encode, names, explanations, asked)
+            outputs = await run_for(work, _encode, names, explanations, asked)
+        self._observe(_report(explanations, time.monotonic() - began))
+        return outputs
 
     async def close(self) -> None:
         """Fail what still waits."""
@@ -179,6 +186,14 @@ class AnsweringService:
             made += await self._explaining.answer(wanted, asked.options, alone=False)
         places = {output.name: place for place, output in enumerate(outputs)}
         return Reply(sorted(made, key=lambda output: places.get(output.name, 0)), said)
+
+
+def _report(explanations: Sequence[Explanation], seconds: float) -> ExplainReport:
+    return ExplainReport(
+        seconds=seconds,
+        evaluations=[explanation.evaluations for explanation in explanations],
+        unconverged=sum(not explanation.converged.all() for explanation in explanations),
+    )
 
 
 def _encode(

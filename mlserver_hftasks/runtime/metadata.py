@@ -12,7 +12,7 @@ from mlserver_hftasks.codecs.response import RESULT_NAME
 from mlserver_hftasks.explain.options import ExplainOptions
 from mlserver_hftasks.explain.tensors import HTML_NAME, OUTPUTS
 from mlserver_hftasks.loading import Served
-from mlserver_hftasks.runtime.explaining import OPTION_NAMES, AnsweringService
+from mlserver_hftasks.runtime.explaining import AnsweringService
 from mlserver_hftasks.tasks.signature import OutputSpec, Signature
 
 _EXPLAIN_SCHEMA = {
@@ -31,6 +31,7 @@ def described(
     own: dict[str, Any] = {"mode": service.mode}
     if explains:
         own["explain_methods"] = ", ".join(service.methods)
+        own["explain_outputs"] = ", ".join(spec.name for spec in OUTPUTS)
     if served is None:
         response.platform = response.platform or "v2"
         response.parameters = V2Parameters(**own)
@@ -63,26 +64,20 @@ def tensors_of(
 ) -> tuple[list[MetadataTensor], list[MetadataTensor]]:
     """Inputs and outputs of a model in that mode.
 
-    Beside predictions an output that the task has too is the task's, and options come as one parameter.
+    Of a model that predicts, the outputs are those of predictions: an explanation's can be named only in a
+    request that asks for one.
     """
+    inputs = input_tensors(signature)
     if mode == EXPLAIN:
-        own = [tensor for tensor in input_tensors(signature) if tensor.name not in OPTION_NAMES]
         options = ExplainOptions.model_json_schema()["properties"]
-        return own + [_parameter(name, options[name]) for name in options], explanation_tensors(EXPLAIN)
-    outputs = output_tensors(signature)
-    if not explains:
-        return input_tensors(signature), outputs
-    known = {tensor.name for tensor in outputs}
-    outputs += [tensor for tensor in explanation_tensors(mode) if tensor.name not in known]
-    return [*input_tensors(signature), _parameter(EXPLAIN, _EXPLAIN_SCHEMA)], outputs
+        own = [tensor for tensor in inputs if tensor.name not in options]
+        return [*own, *(_parameter(name, options[name]) for name in options)], explanation_tensors()
+    return inputs + [_parameter(EXPLAIN, _EXPLAIN_SCHEMA)] * explains, output_tensors(signature)
 
 
-def explanation_tensors(mode: str) -> list[MetadataTensor]:
-    """The outputs of an explanation; `default` where a request without names gets them."""
-    made = [_typed(spec, default=mode == EXPLAIN and spec.name != HTML_NAME) for spec in OUTPUTS]
-    for tensor in made:
-        tensor.parameters.role = "explanation"
-    return made
+def explanation_tensors() -> list[MetadataTensor]:
+    """The outputs of an explanation; all but one are there in a request that names none."""
+    return [_typed(spec, default=spec.name != HTML_NAME) for spec in OUTPUTS]
 
 
 def input_tensors(signature: Signature) -> list[MetadataTensor]:

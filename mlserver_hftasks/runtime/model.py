@@ -60,7 +60,7 @@ class HFTasksRuntime(mlserver.MLModel):
         settings, cost = self._hf_settings, CostModel()
         self._metrics = ModelMetrics(self.name, self.version)
         if settings.infer_uri is not None:
-            self._service = explaining_another(settings, settings.infer_uri)
+            self._service = explaining_another(settings, settings.infer_uri, self._metrics)
             logger.info(
                 "loaded model=%s version=%s explains=%s", self.name, self.version or "-", settings.infer_uri
             )

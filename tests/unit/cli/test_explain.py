@@ -16,6 +16,7 @@ from mlserver_hftasks.cli.heat_map import heat_maps
 from mlserver_hftasks.cli.main import app
 from mlserver_hftasks.explain.reading import Reading
 from mlserver_hftasks.explain.record import json_of
+from tests import tiny
 from tests.answering import answering
 from tests.explanations import SENTENCE, explanation
 
@@ -73,6 +74,21 @@ def test_what_the_server_says_against_it() -> None:
         done = run("a text", "--url", f"{server.url}/v2/models/m")
     assert done.exit_code == 1
     assert "400: unknown option @ methode" in done.stderr
+
+
+def test_a_model_is_loaded_here() -> None:
+    folder = str(tiny.folder("bert", "sequence"))
+    done = run(
+        "the river museum", '{"text": "the river", "text_pair": "was quiet"}', "--model", folder,
+        "--method", "occlusion", "--target", "NEGATIVE", "-o", "truncation=true",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert done.output.count("Why NEGATIVE?") == 2
+    assert done.output.count("occlusion, baseline mask") == 2
+    assert "the river museum" in done.output
+    wrong = run("the river museum", "--model", folder, "--target", "SIDEWAYS")
+    assert wrong.exit_code == 1
+    assert "SIDEWAYS" in wrong.stderr
 
 
 # -- heat maps ------------------------------------------------------------------------------------
