@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
+from mlserver_hftasks.backends import feeds
 from mlserver_hftasks.backends import probe as probing
-from mlserver_hftasks.backends.base import Description, Head, Level
+from mlserver_hftasks.backends.base import Description, Head
 from mlserver_hftasks.backends.packing import Backbone, Layout
-from mlserver_hftasks.engine.rows import Outputs, Row
+from mlserver_hftasks.engine.rows import IntArray, Outputs, Row
 
 logger = logging.getLogger("mlserver.hftasks")
 
@@ -69,8 +69,9 @@ class TorchBackend:
             torch.cuda.empty_cache()
 
     def _forward(self, rows: Sequence[Row]) -> list[Outputs]:
-        tensors = self._collate(rows)
-        self._backbone.select = self._collate_selection(rows)
+        arrays = feeds.padded(rows, self._pad_token_id)
+        tensors = {name: self._tensor(array) for name, array in arrays.items()}
+        self._backbone.select = self._tensor(feeds.selection(rows))
         with torch.inference_mode():
             outputs = self._model(**tensors)
         return self._split(outputs, rows)
@@ -92,40 +93,12 @@ class TorchBackend:
 
     # -- rows to tensors and back ----------------------------------------------------------------
 
-    def _collate(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-        """Padded input tensors [n, longest] with their attention mask."""
-        shape = (len(rows), max(row.cost for row in rows))
-        arrays = {name: np.zeros(shape, dtype=np.int64) for name in rows[0].arrays}
-        arrays["input_ids"].fill(self._pad_token_id)
-        arrays["attention_mask"] = np.zeros(shape, dtype=np.int64)
-        for index, row in enumerate(rows):
-            arrays["attention_mask"][index, : row.cost] = 1
-            for name, values in row.arrays.items():
-                arrays[name][index, : row.cost] = values
-        return {name: torch.from_numpy(array).to(self._device) for name, array in arrays.items()}
-
-    def _collate_selection(self, rows: Sequence[Row]) -> torch.Tensor | None:
-        selections = [row.select for row in rows if row.select is not None]
-        if not selections:
-            return None
-        if len(selections) < len(rows):
-            raise ValueError("rows of one batch select positions all or none; their keys must differ")
-        index = np.zeros((len(rows), max(map(len, selections))), dtype=np.int64)
-        for i, selection in enumerate(selections):
-            index[i, : len(selection)] = selection
-        return torch.from_numpy(index).to(self._device)
+    def _tensor(self, array: IntArray | None) -> torch.Tensor | None:
+        return None if array is None else torch.from_numpy(array).to(self._device)
 
     def _split(self, outputs: ModelOutput, rows: Sequence[Row]) -> list[Outputs]:
         arrays = {name: outputs[name].float().cpu().numpy() for name in self._head.outputs}
-        return [
-            {
-                name: array[index]
-                if self._head.outputs[name] is Level.SEQUENCE
-                else array[index, : row.cost if row.select is None else len(row.select)]
-                for name, array in arrays.items()
-            }
-            for index, row in enumerate(rows)
-        ]
+        return feeds.split(arrays, rows, self._head)
 
     # -- choosing a layout -----------------------------------------------------------------------
 
