@@ -26,6 +26,8 @@ class Head:
     auto_class: str
     """Name of a `transformers.AutoModel...` class."""
     outputs: Mapping[str, Level]
+    selects: bool = False
+    """Whether each row says which of its tokens the head shall run on; see `Row.select`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,7 @@ class Description:
     device: str
     dtype: str
     packing: str
-    """`varlen`, `block`, `padded` or `single`; see `packing`."""
+    """`varlen`, `block`, `padded` or `single`, see `packing`; `lanes`, see `lanes`."""
 
 
 class Backend(Protocol):

@@ -11,13 +11,16 @@ Two questions are asked of a layout, on a batch of rows that are hard on it:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PretrainedConfig
 
 from mlserver_hftasks.engine.rows import IntArray, Outputs, Row
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 LENGTHS = (1, 40, 12, 90, 7)
 """Tokens of the rows, where there are no real ones to be had."""
@@ -51,6 +54,25 @@ def hard_rows(rows: Sequence[Row], config: PretrainedConfig, pad_token_id: int) 
 def with_other_neighbours(rows: Sequence[Row]) -> list[Row]:
     """Every second row as it is; the tokens of those between in reverse, the first and last kept."""
     return [row if index % 2 == 0 else _reversed(row) for index, row in enumerate(rows)]
+
+
+def objection_to(
+    forward: Callable[[Sequence[Row]], Sequence[Outputs]],
+    rows: Sequence[Row],
+    alone: Sequence[Outputs],
+    tolerance: float,
+) -> str | None:
+    """Why a way to run `rows` as a batch cannot be used, or None if it can; `alone` is what each must get."""
+    try:
+        together = forward(rows)
+        among_others = forward(with_other_neighbours(rows))
+    except Exception as error:  # whatever an architecture makes of a layout that it was not made for
+        return repr(error)
+    wrong = objection(together, alone, tolerance)
+    if wrong is not None:
+        return wrong
+    moved = objection(among_others[::2], together[::2], tolerance / 10)
+    return None if moved is None else f"with other neighbours {moved}"
 
 
 def objection(got: Sequence[Outputs], wanted: Sequence[Outputs], tolerance: float) -> str | None:

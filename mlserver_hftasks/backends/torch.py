@@ -126,12 +126,6 @@ class TorchBackend:
         """Why the layout cannot be used, or None if it can; see `probe`."""
         try:
             self._backbone.use(layout)
-            together = self._forward(rows)
-            among_others = self._forward(probing.with_other_neighbours(rows))
-        except Exception as error:  # whatever an architecture makes of a layout that it was not made for
-            return repr(error)
-        wrong = probing.objection(together, alone, tolerance)
-        if wrong is not None:
-            return wrong
-        moved = probing.objection(among_others[::2], together[::2], tolerance / 10)
-        return None if moved is None else f"with other neighbours {moved}"
+        except TypeError as error:
+            return str(error)
+        return probing.objection_to(self._forward, rows, alone, tolerance)

@@ -13,7 +13,7 @@ STOREYS = (
     {"settings"},
     {"engine"},
     {"backends"},
-    {"tasks"},
+    {"tasks", "export"},
     {"metrics", "loading", "codecs"},
     {"runtime"},
     {"__init__"},
