@@ -17,10 +17,10 @@ from mlserver_hftasks.engine.rows import IntArray, Outputs, Row
 
 logger = logging.getLogger("mlserver.hftasks")
 
-TOLERANCES = {torch.bfloat16: 6e-2, torch.float16: 1e-2}
+TOLERANCES = {"bfloat16": 6e-2, "float16": 1e-2, "int8": 1e-2}
 """Largest difference, relative to the largest output, that batching a row with others may make."""
 TOLERANCE = 1e-4
-"""The same for other dtypes."""
+"""The same in other precisions."""
 BLOCK_TOKENS = {"cpu": 256}
 """Tokens of one pass in the block layout, where attention costs their square; 2048 on other devices."""
 
@@ -30,7 +30,8 @@ class TorchBackend:
 
     With `packing`, the layouts of `packing.Layout` are tried on a probe batch in turn, and the first
     that gives each row what it gets alone is used. `probe` holds rows for that, of real tokens where a
-    head looks for some (BART's for the end of the text); else they are drawn at random.
+    head looks for some (BART's for the end of the text); else they are drawn at random. `precision` is
+    what the model computes in, where that is not the dtype of its weights.
     """
 
     def __init__(
@@ -42,20 +43,20 @@ class TorchBackend:
         pad_token_id: int,
         packing: bool = True,
         probe: Sequence[Row] | None = None,
+        precision: str | None = None,
     ) -> None:
         model.config.use_cache = False  # keys and values are kept for generation only
         self._model = model.eval().requires_grad_(False).to(device)
         self._head = head
         self._device = device
         self._pad_token_id = pad_token_id
+        self._precision = precision or str(model.dtype).removeprefix("torch.")
         self._backbone = Backbone(model)
         if packing:
             self._choose_layout(probe)
         layout = self._backbone.layout
         self.padded = layout is Layout.PADDED
-        self.description = Description(
-            "torch", str(device), str(model.dtype).removeprefix("torch."), layout.value
-        )
+        self.description = Description("torch", str(device), self._precision, layout.value)
 
     def forward(self, rows: Sequence[Row]) -> Sequence[Outputs]:
         """See `base.Backend`."""
@@ -108,7 +109,7 @@ class TorchBackend:
             probe = probing.random_rows(self._model.get_input_embeddings().num_embeddings, config)
         rows = probing.hard_rows(probe, config, self._pad_token_id)
         alone = [self._forward([row])[0] for row in rows]
-        tolerance = TOLERANCES.get(self._model.dtype, TOLERANCE)
+        tolerance = TOLERANCES.get(self._precision, TOLERANCE)
         # Padding gets more room: where even that is not enough, rows can only run one by one.
         for layout, room in ((Layout.VARLEN, 1), (Layout.BLOCK, 1), (Layout.PADDED, 5)):
             reason = self._objection(layout, rows, alone, room * tolerance)

@@ -10,9 +10,9 @@ import torch
 from transformers import PretrainedConfig
 
 from mlserver_hftasks.backends.base import Backend
-from mlserver_hftasks.backends.torch import TorchBackend
 from mlserver_hftasks.engine.rows import Row
 from mlserver_hftasks.errors import InvalidSettings
+from mlserver_hftasks.loading.eager import check_quantization, torch_backend
 from mlserver_hftasks.loading.facts import labels_of, max_tokens_of, pad_token_id_of
 from mlserver_hftasks.loading.source import Source
 from mlserver_hftasks.settings import Settings
@@ -48,6 +48,7 @@ def load(settings: Settings) -> Served:
     if not settings.pretrained_model:
         raise InvalidSettings("no model, expected a hub id or a folder @ parameters.extra.pretrained_model")
     device = _device(settings.device)
+    check_quantization(settings, device)
     source = Source(settings)
     config = source.config()
     kind = task_class(canonical_name(settings.task or _infer_task(config, source.folder)))
@@ -63,13 +64,13 @@ def load(settings: Settings) -> Served:
         folder=str(source.folder),
     )
     task = kind(facts)
-    backend = TorchBackend(
+    backend = torch_backend(
+        settings,
         model,
         kind.head,
         device=device,
         pad_token_id=pad_token_id_of(tokenizer, model),
         probe=probe_rows(encoder),
-        packing=settings.packing == "auto",
     )
     return Served(task, backend)
 

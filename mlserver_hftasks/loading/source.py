@@ -65,7 +65,7 @@ class Source:
     def model(self, head: Head, config: PretrainedConfig, device: torch.device) -> PreTrainedModel:
         """The model with that head, on the CPU; `device` is where it will run."""
         options: dict[str, Any] = {
-            "dtype": dtype_of(self._settings.dtype, device, config),
+            "dtype": dtype_of(self._settings, device, config),
             "use_safetensors": True,
             **self._common,
             **self._settings.model_kwargs,
@@ -111,11 +111,13 @@ def _quiet_transformers() -> Iterator[None]:
         transformers.utils.logging.set_verbosity(verbosity)
 
 
-def dtype_of(setting: str, device: torch.device, config: PretrainedConfig) -> torch.dtype:
+def dtype_of(settings: Settings, device: torch.device, config: PretrainedConfig) -> torch.dtype:
     """The dtype of the setting; `auto` is the checkpoint's, where the device computes in it."""
-    if setting != "auto":
-        dtype: torch.dtype = getattr(torch, setting)
+    if settings.dtype != "auto":
+        dtype: torch.dtype = getattr(torch, settings.dtype)
         return dtype
+    if settings.quantization not in (None, "none"):
+        return torch.float32  # scales are found, and the rest is computed, in float32
     stored = getattr(config, "dtype", None) or torch.float32
     # float16 arithmetic on a CPU is emulated, and slower than float32.
     slow = stored is torch.float16 and device.type == "cpu"
