@@ -93,35 +93,27 @@ class ProgramBackend:
         return lanes.passes([row.cost for row in rows])
 
     def _forward(self, rows: Sequence[Row]) -> list[Outputs]:
-        selection = feeds.selection(rows)
-        arrays = self._runner.run(
-            {
-                name: array
-                for name, array in self._feed(rows, selection).items()
-                if name in self._runner.inputs
-            }
-        )
+        feed = self.feed_of(self._plan, rows)
+        arrays = self._runner.run({name: feed[name] for name in self._runner.inputs})
         wanted = {name: arrays[name] for name in self._head.outputs}
-        if selection is not None and not self._selects:
-            wanted = {
-                name: np.take_along_axis(array, selection[:, :, None], 1) for name, array in wanted.items()
-            }
+        selection = feeds.selection(rows)
+        if selection is not None and self._plan.reads is not Reads.SELECTED:
+            index = selection[:, :, None]
+            wanted = {name: np.take_along_axis(array, index, 1) for name, array in wanted.items()}
         return feeds.split(wanted, rows, self._head)
 
-    @property
-    def _selects(self) -> bool:
-        """Whether the program itself computes only what rows select."""
-        return self._plan.reads is Reads.SELECTED
-
-    def _feed(self, rows: Sequence[Row], selection: IntArray | None) -> dict[str, IntArray]:
-        plan = self._plan
+    @staticmethod
+    def feed_of(plan: Plan, rows: Sequence[Row]) -> dict[str, IntArray]:
+        """All inputs that a program of that plan may have, for one pass over the rows."""
+        selection = feeds.selection(rows) if plan.reads is Reads.SELECTED else None
         if plan.layout is Layout.LANES:
-            reads = np.zeros((len(rows), 1), np.int64) if plan.reads is Reads.FIRST else None
-            if plan.reads is Reads.SELECTED:
-                reads = selection
+            first = np.zeros((len(rows), 1), np.int64)
+            reads = {Reads.ALL: None, Reads.FIRST: first, Reads.SELECTED: selection}[plan.reads]
             return lanes.feed(rows, reads, plan.pad_token_id, plan.padding_idx)
         made = feeds.padded(rows, plan.pad_token_id)
-        if plan.reads is Reads.SELECTED and selection is not None:
+        if selection is not None:
             made["reads"] = selection
-        made["position_ids"] = np.broadcast_to(np.arange(made["input_ids"].shape[1]), made["input_ids"].shape)
+        shape = made["input_ids"].shape
+        made.setdefault("token_type_ids", np.zeros(shape, np.int64))
+        made["position_ids"] = np.broadcast_to(np.arange(shape[1]), shape)
         return made
