@@ -29,7 +29,8 @@ def positions(ids: IntArray, padding_idx: int | None) -> IntArray:
     if padding_idx is None:
         return np.arange(len(ids))
     counted = ids != padding_idx
-    return np.cumsum(counted) * counted + padding_idx
+    made: IntArray = np.cumsum(counted) * counted + padding_idx
+    return made
 
 
 def feed(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from mlserver_hftasks.backends.program import Feed
 from mlserver_hftasks.engine.rows import FloatArray
@@ -75,7 +76,7 @@ class OnnxRunner:
         if provider not in runtime.get_available_providers():
             raise InvalidSettings(
                 f"got {provider}, but this onnxruntime has {', '.join(runtime.get_available_providers())}; "
-                'expected one of them, or pip install "mlserver-hftasks[onnx-gpu]" @ parameters.extra.provider'
+                "expected one of them; pip install 'mlserver-hftasks[onnx-gpu]' @ parameters.extra.provider"
             )
         options = runtime.SessionOptions()
         options.log_severity_level = 3
@@ -91,8 +92,8 @@ class OnnxRunner:
             )
         except Exception as error:  # the runtime's own exceptions share no class of their own
             raise InvalidSettings(
-                f"'{path.name}' cannot be opened by ONNX Runtime: {' '.join(str(error).split()):.300}, expected "
-                "a program that it can run @ parameters.extra.file_name"
+                f"'{path.name}' cannot be opened by ONNX Runtime: {' '.join(str(error).split()):.300}, "
+                "expected a program that it can run @ parameters.extra.file_name"
             ) from None
         self.inputs = frozenset(each.name for each in self._session.get_inputs())
         self._types = {each.name: _DTYPES.get(each.type, np.int64) for each in self._session.get_inputs()}
@@ -101,7 +102,7 @@ class OnnxRunner:
 
     def run(self, feed: Feed) -> Mapping[str, FloatArray]:
         """See `program.Runner`."""
-        arrays = {name: array.astype(self._types[name], copy=False) for name, array in feed.items()}
+        arrays = {name: np.asarray(array, self._types[name]) for name, array in feed.items()}
         outputs = self._session.run(self._names, arrays)
         return {name: np.asarray(array, np.float32) for name, array in zip(self._names, outputs, strict=True)}
 
@@ -110,7 +111,11 @@ class OnnxRunner:
         del self._session
 
 
-_DTYPES = {"tensor(int32)": np.int32, "tensor(int64)": np.int64, "tensor(bool)": np.bool_}
+_DTYPES: dict[str, npt.DTypeLike] = {
+    "tensor(int32)": np.int32,
+    "tensor(int64)": np.int64,
+    "tensor(bool)": np.bool_,
+}
 
 
 def default_threads() -> int:
@@ -126,7 +131,7 @@ def _onnxruntime() -> Any:
         import onnxruntime
     except ImportError:
         raise InvalidSettings(
-            "got \"onnx\", but onnxruntime is not installed, expected it: pip install 'mlserver-hftasks[onnx]' "
-            "@ parameters.extra.backend"
+            "got 'onnx', but onnxruntime is not installed, expected it: "
+            "pip install 'mlserver-hftasks[onnx]' @ parameters.extra.backend"
         ) from None
     return onnxruntime

@@ -40,8 +40,8 @@ class OpenVINORunner:
             self._program = openvino.Core().compile_model(str(path), device, properties)
         except Exception as error:  # OpenVINO raises RuntimeError and worse
             raise InvalidSettings(
-                f"'{path.name}' cannot be opened by OpenVINO: {' '.join(str(error).split())[-300:]}, expected a "
-                "program that it can run @ parameters.extra.file_name"
+                f"'{path.name}' cannot be opened by OpenVINO: {' '.join(str(error).split())[-300:]}, "
+                "expected a program that it can run @ parameters.extra.file_name"
             ) from None
         self._request = self._program.create_infer_request()
         self.inputs = frozenset(port.get_any_name() for port in self._program.inputs)
@@ -71,7 +71,7 @@ def _openvino() -> Any:
         import openvino
     except ImportError:
         raise InvalidSettings(
-            "got \"openvino\", but it is not installed, expected it: pip install 'mlserver-hftasks[openvino]' "
-            "@ parameters.extra.backend"
+            "got 'openvino', but it is not installed, expected it: "
+            "pip install 'mlserver-hftasks[openvino]' @ parameters.extra.backend"
         ) from None
     return openvino

@@ -77,13 +77,28 @@ def objection_to(
 
 def objection(got: Sequence[Outputs], wanted: Sequence[Outputs], tolerance: float) -> str | None:
     """What differs by more than `tolerance` of its largest value, or None if nothing does."""
-    for of_got, of_wanted in zip(got, wanted, strict=True):
-        for name, array in of_wanted.items():
-            scale = max(float(np.abs(array).max()), 1e-6)
-            worst = float(np.abs(of_got[name] - array).max()) / scale
-            if not worst <= tolerance:  # NaN is an objection too
-                return f"{name} differs by {worst:.1e} of its largest value"
+    for name in wanted[0]:
+        worst = largest_difference(
+            [{name: outputs[name]} for outputs in got], [{name: outputs[name]} for outputs in wanted]
+        )
+        if not worst <= tolerance:  # NaN is an objection too
+            return f"{name} differs by {worst:.1e} of its largest value"
     return None
+
+
+def largest_difference(got: Sequence[Outputs], wanted: Sequence[Outputs]) -> float:
+    """The largest difference of any row's output, relative to that row's largest value of it."""
+    worst = [
+        float(np.abs(of_got[name] - array).max()) / max(float(np.abs(array).max()), 1e-6)
+        for of_got, of_wanted in zip(got, wanted, strict=True)
+        for name, array in of_wanted.items()
+    ]
+    return max(worst) if not np.isnan(worst).any() else float("nan")
+
+
+def selecting(row: Row) -> Row:
+    """The row with all of its tokens selected, for a head that computes only what is."""
+    return replace(row, select=np.arange(row.cost))
 
 
 def _hardened(row: Row, pad_token_id: int, typed: bool) -> Row:

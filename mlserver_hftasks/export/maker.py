@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -62,7 +61,7 @@ class Maker:
     ) -> None:
         self._model = model.eval().requires_grad_(False)
         self._head, self._pad, self._tell = head, pad_token_id, tell
-        rows = [_selecting(row) if head.selects else row for row in probe_rows]
+        rows = [probe.selecting(row) if head.selects else row for row in probe_rows]
         self._rows = probe.hard_rows(rows, model.config, pad_token_id)
         reference = TorchBackend(model, head, device=model.device, pad_token_id=pad_token_id, packing=False)
         self._alone = [reference.forward([row])[0] for row in self._rows]
@@ -82,8 +81,8 @@ class Maker:
                 reasons.append(f"{plan.layout.value}: {_first_line(error)}")
         raise InvalidSettings(
             f"{type(self._model).__name__} cannot be exported to {order.format} "
-            f"({'; '.join(reasons) or 'no layout gives each row its own answer'}), expected a model that can, or "
-            'the backend "torch" @ parameters.extra.backend'
+            f"({'; '.join(reasons) or 'no layout gives each row its own answer'}), expected one that can, "
+            'or the backend "torch" @ parameters.extra.backend'
         )
 
     def _plans(self, *, fused: bool) -> Iterator[Plan]:
@@ -172,12 +171,25 @@ def _to_openvino(
     return openvino.save(program, folder)
 
 
-_FORMATS: dict[Format, Callable[..., str]] = {"onnx": _to_onnx, "openvino": _to_openvino}
+def _to_torch(
+    model: PreTrainedModel,
+    sample: dict[str, torch.Tensor],
+    order: Order,
+    plan: Plan,
+    folder: Path,
+    calibration: Sequence[Row],
+    tell: Callable[[str], None],
+) -> str:
+    from mlserver_hftasks.export import dynamo
+
+    return dynamo.save(dynamo.export(model, sample), folder)
 
 
-def _selecting(row: Row) -> Row:
-    """The row with all of its tokens selected, where a head computes only what is."""
-    return replace(row, select=np.arange(row.cost))
+_FORMATS: dict[Format, Callable[..., str]] = {
+    "onnx": _to_onnx,
+    "openvino": _to_openvino,
+    "export": _to_torch,
+}
 
 
 def _first_line(error: Exception) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,13 @@ FILE = "model.onnx"
 
 
 def export(model: PreTrainedModel, sample: Mapping[str, torch.Tensor], provider: str) -> Any:
-    """The model as an `onnx_ir.Model` for the provider "cpu" or "cuda"; all dimensions of `sample` may vary."""
+    """The model as an `onnx_ir.Model` for the provider "cpu" or "cuda"; all sizes in `sample` may vary."""
     varies = {
         name: dict.fromkeys(range(tensor.dim()), torch.export.Dim.AUTO) for name, tensor in sample.items()
     }
     config = OnnxConfig(dynamic=True, dynamic_shapes=varies, ort_fusions=provider)
-    program, _ = OnnxExporter().export_program(model, dict(sample), config)
+    with redirect_stdout(io.StringIO()):  # torch.onnx prints what it is about
+        program, _ = OnnxExporter().export_program(model, dict(sample), config)
     if provider == "cpu":
         graph.split_skip_norms(program)
     return program

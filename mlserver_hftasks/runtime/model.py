@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import mlserver
-import torch
 from mlserver.types import InferenceRequest, InferenceResponse, MetadataModelResponse, ResponseOutput
 
 from mlserver_hftasks.engine.batcher import Batcher
@@ -21,6 +20,7 @@ from mlserver_hftasks.engine.scheduler import Scheduler
 from mlserver_hftasks.engine.warmup import warm_up
 from mlserver_hftasks.errors import ForwardFailed, HFTasksError, Unavailable
 from mlserver_hftasks.loading import Served, load, probe_rows
+from mlserver_hftasks.loading.threads import set_torch_threads
 from mlserver_hftasks.metrics import ModelMetrics
 from mlserver_hftasks.runtime.configuration import limits_of, settings_of, take_over_batching
 from mlserver_hftasks.runtime.metadata import described
@@ -67,7 +67,7 @@ class HFTasksRuntime(mlserver.MLModel):
         batcher = Batcher(
             served.backend,
             Scheduler(limits_of(settings), cost, padded=served.backend.padded),
-            on_thread_start=functools.partial(_set_threads, settings),
+            on_thread_start=functools.partial(set_torch_threads, settings),
             observe=self._metrics.batch_ran,
             observe_queue=self._metrics.queued,
             name=self.name,
@@ -154,7 +154,6 @@ class HFTasksRuntime(mlserver.MLModel):
 
 def _load(settings: Settings, cost: CostModel) -> Served:
     with _loading:
-        _set_threads(settings)
         served = load(settings)
         if settings.warmup:
             rows_of = functools.partial(probe_rows, served.task.model.encoder)
@@ -163,19 +162,6 @@ def _load(settings: Settings, cost: CostModel) -> Served:
         gc.collect()
         gc.freeze()
     return served
-
-
-def _set_threads(settings: Settings) -> None:
-    """Threads of torch's operators for the calling thread, and once per process between operators."""
-    if settings.intra_op_threads is not None:
-        torch.set_num_threads(settings.intra_op_threads)
-    if settings.inter_op_threads is not None and torch.get_num_interop_threads() != settings.inter_op_threads:
-        try:
-            torch.set_num_interop_threads(settings.inter_op_threads)
-        except RuntimeError:
-            logger.warning(
-                "inter_op_threads is set once per process; it stays %d", torch.get_num_interop_threads()
-            )
 
 
 def _give_memory_back() -> None:

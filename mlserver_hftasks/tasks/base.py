@@ -10,15 +10,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar
-
-from transformers import PretrainedConfig
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from mlserver_hftasks.backends.base import Head
 from mlserver_hftasks.engine.rows import Outputs, Row
 from mlserver_hftasks.errors import InvalidRequest, RequestTooLarge
 from mlserver_hftasks.tasks.encoder import Encoder
 from mlserver_hftasks.tasks.signature import Parameters, Signature, Tensor
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 P = TypeVar("P", bound=Parameters)
 
