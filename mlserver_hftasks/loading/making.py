@@ -52,7 +52,7 @@ def make_program(
     made = maker.make(order, out, _calibration_rows(encoder, calibration, order))
     tokenizer.save_pretrained(out)
     config.save_pretrained(out)
-    _copy_small_files(source.folder, out)
+    copy_small_files(source.folder, out)
     manifest = Manifest(
         backend=order.format,
         file=made.file,
@@ -114,7 +114,8 @@ def _difference(settings: Settings, manifest: Manifest, made: Made, out: Path, h
     return probe.largest_difference(got, made.expected)
 
 
-def _copy_small_files(source: Path, out: Path) -> None:
+def copy_small_files(source: Path, out: Path) -> None:
+    """Copy the files that tasks read beside the weights from one folder to another."""
     for pattern in (*KEPT, *KEPT_TOO):
         for path in source.glob(pattern):
             if path.is_dir():
