@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 TORCH  := torch>=2.13,<2.14
 
-.PHONY: install demo test lint format typecheck docs compat bench bench-quick bench-versus clean
+.PHONY: install demo test lint format typecheck docs compat bench bench-quick clean
 
 install: $(STAMP)
 
@@ -41,15 +41,13 @@ docs: install
 compat: install
 	$(BIN)/python -m tests.compat $(ARGS)
 
+# all suites, or SUITE="foundation versus"
 bench: install
-	$(BIN)/python -m benchmarks --write docs/benchmarks/foundation.md
+	$(BIN)/python -m pip install --quiet -e ".[bench]"
+	$(BIN)/python -m benchmarks $(SUITE) --write docs/benchmarks $(ARGS)
 
 bench-quick: install
-	$(BIN)/python -m benchmarks --quick
-
-bench-versus: install
-	$(BIN)/python -m pip install --quiet -e ".[bench]"
-	$(BIN)/python -m benchmarks --versus $(if $(QUICK),--quick) --write docs/benchmarks/versus.md
+	$(BIN)/python -m benchmarks $(or $(SUITE),versus) --quick $(ARGS)
 
 clean:
 	rm -rf $(VENV) .venv-peer models build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage

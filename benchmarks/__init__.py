@@ -1,4 +1,4 @@
-"""The benchmark: `python -m benchmarks [--versus] [--quick] [--only NAME] [--write FILE]`.
+"""The benchmark: `python -m benchmarks [SUITE ...] [--quick] [--only EXPERIMENT] [--write FOLDER]`.
 
 The pieces know nothing of what is measured with them:
 
@@ -11,5 +11,5 @@ The pieces know nothing of what is measured with them:
     machine, report     where it ran; JSON lines, tables, Markdown
     plots               PNG files, with the extra `bench`
 
-`foundation` and `versus` hold the experiments, one file each; `session` is what they share.
+`suites` lists the suites, packages of experiments, one file each; `session` is what they share.
 """

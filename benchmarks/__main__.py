@@ -1,6 +1,7 @@
-"""`python -m benchmarks [--versus]`: run the experiments, print one table of figures, keep the results.
+"""`python -m benchmarks [SUITE ...]`: run the experiments, print tables of figures, keep the results.
 
-Exits non-zero if an experiment failed; a figure that misses its target is only shown.
+Without a suite all of them run. Exits non-zero if an experiment failed; a figure that misses its target is
+only shown.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ import torch
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from benchmarks import foundation, machine, plots, report, versus
+from benchmarks import machine, plots, report
 from benchmarks.report import Findings, Journal
-from benchmarks.session import FULL, QUICK, SMOKE, VERSUS, VERSUS_QUICK, Plan, Session
+from benchmarks.session import SMOKE, Plan, Session
+from benchmarks.suites import SUITES, Suite
 from tests.compat import peer
 
 RESULTS = Path(__file__).parent / "results"
@@ -34,48 +36,64 @@ BUSY_CORES = 0.2
 def main(arguments: list[str] | None = None) -> None:
     """Run what the command line says."""
     options = _options(arguments)
-    plan = _plan(options)
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
     console = Console(width=None if sys.stdout.isatty() else 140)
-    described, others, began = machine.describe(), machine.Others(), time.monotonic()
-    if options.versus:
+    failed = [each for name in options.suites for each in _run(name, options, console)]
+    if failed:
+        sys.exit(f"not measured: {', '.join(failed)}")
+
+
+def _run(name: str, options: argparse.Namespace, console: Console) -> list[str]:
+    """Run one suite, show and write what it found. Returns the experiments that failed."""
+    suite = SUITES[name]
+    described = machine.describe()
+    if suite.needs_incumbent:
         described["incumbent"] = list(peer.PINS)
         peer.python()  # built now, or the time would count
-    journal = Journal(RESULTS / f"{described['date'].replace(':', '')}.jsonl", described)
+    others, began = machine.Others(), time.monotonic()
+    journal = Journal(RESULTS / f"{name}-{described['date'].replace(':', '')}.jsonl", described)
+    plan = _plan(suite, options)
     findings = Findings()
-    failed = []
-    with ExitStack() as stack, console.status("") as status:
-        models = options.models or stack.enter_context(tempfile.TemporaryDirectory(prefix="hftasks-models-"))
-        session = Session(plan, Path(models), journal, status.update)
-        experiments: Mapping[str, Callable[[Session], Findings]] = foundation.EXPERIMENTS
-        if options.versus:
-            experiments = stack.enter_context(versus.experiments(session, dict(options.system)))
-        for name in options.only:
+    with _session(plan, journal, options, console) as session:
+        failed = _measure(suite, session, options, findings, console)
+    notes = _notes(others.cores(), time.monotonic() - began, plan)
+    report.show(findings, console)
+    for note in [*notes, f"results: {journal.path}"]:
+        console.print(note)
+    if options.write:
+        _write(options.write / f"{name}.md", findings, described, notes, suite.title)
+    return [f"{name} {experiment}" for experiment in failed]
+
+
+def _measure(
+    suite: Suite, session: Session, options: argparse.Namespace, findings: Findings, console: Console
+) -> list[str]:
+    """Run the experiments and add up what they find. Returns those that failed."""
+    failed, began = [], time.monotonic()
+    with suite.opened(session, dict(options.system)) as experiments:
+        for name in options.only or (suite.quick if options.quick else suite.names):
             try:
                 findings.add(experiments[name](session))
             except Exception:  # the others' results are worth having
                 console.print_exception()
                 failed.append(name)
             console.print(f"{name}: ended after {time.monotonic() - began:.0f} s")
-    notes = _notes(others.cores(), time.monotonic() - began, plan)
-    report.show(findings, console)
-    for note in [*notes, f"results: {journal.path}"]:
-        console.print(note)
-    if options.write:
-        _write(
-            options.write, findings, described, notes, versus.TITLE if options.versus else foundation.TITLE
-        )
-    if failed:
-        sys.exit(f"not measured: {', '.join(failed)}")
+    return failed
 
 
-def _plan(options: argparse.Namespace) -> Plan:
+@contextmanager
+def _session(
+    plan: Plan, journal: Journal, options: argparse.Namespace, console: Console
+) -> Iterator[Session]:
+    with tempfile.TemporaryDirectory(prefix="hftasks-models-") as temporary, console.status("") as status:
+        yield Session(plan, options.models or Path(temporary), journal, status.update)
+
+
+def _plan(suite: Suite, options: argparse.Namespace) -> Plan:
     if options.smoke:
         return SMOKE
-    if options.versus:
-        return VERSUS_QUICK if options.quick else VERSUS
-    return QUICK if options.quick else FULL
+    return suite.quick_plan if options.quick else suite.full_plan
 
 
 def _write(file: Path, findings: Findings, described: dict[str, Any], notes: list[str], title: str) -> None:
@@ -97,10 +115,10 @@ def _notes(others: float, seconds: float, plan: Plan) -> list[str]:
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}")
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="a meaningful subset within three minutes")
+    size.add_argument("--quick", action="store_true", help="a meaningful subset within a few minutes")
     size.add_argument("--smoke", action="store_true", help="everything once and short: only that it runs")
-    parser.add_argument("--versus", action="store_true", help="measure mlserver-huggingface beside ours")
     parser.add_argument("--only", action="append", metavar="EXPERIMENT", help="may be given repeatedly")
     parser.add_argument(
         "--system",
@@ -108,20 +126,24 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         default=[],
         type=_system,
         metavar="NAME=URL",
-        help="with --versus: a further server, by the URL of its V2 text-classification model "
+        help="for versus: a further server, by the URL of its V2 text-classification model "
         "(http://HOST:PORT/v2/models/MODEL/infer); may be given repeatedly",
     )
     parser.add_argument(
         "--models", type=Path, metavar="FOLDER", help="keep the models here, for other servers"
     )
     parser.add_argument(
-        "--write", type=Path, metavar="FILE", help="also write tables as Markdown, plots as PNG"
+        "--write", type=Path, metavar="FOLDER", help="also write a page per suite, with its plots"
     )
     options = parser.parse_args(arguments)
-    known = versus.EXPERIMENTS if options.versus else foundation.EXPERIMENTS
-    options.only = options.only or list(versus.QUICK if options.versus and options.quick else known)
-    if unknown := set(options.only) - set(known):
+    options.suites = options.suites or list(SUITES)
+    if unknown := set(options.suites) - set(SUITES):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(SUITES)}")
+    known = [name for suite in options.suites for name in SUITES[suite].names]
+    if unknown := set(options.only or ()) - set(known):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    if options.only and len(options.suites) > 1:
+        parser.error("--only goes with one suite")
     return options
 
 

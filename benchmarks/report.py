@@ -151,8 +151,8 @@ def markdown(
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     parts = [
         f"# {title}",
-        "Written by `make bench` (`python -m benchmarks --write FILE`); do not edit. Ratios are medians of "
-        "ratios within one round, in brackets the least and the most of the rounds.",
+        "Written by `make bench` (`python -m benchmarks SUITE --write FOLDER`); do not edit. Ratios are "
+        "medians of ratios within one round, in brackets the least and the most of the rounds.",
         "\n".join(
             f"- {line}"
             for line in (

@@ -8,10 +8,19 @@
 | `hftasks_batch_tokens` | histogram | real tokens per batch |
 | `hftasks_padding_share` | histogram | share of a batch's computed tokens that are padding |
 | `hftasks_forward_seconds` | histogram | the model's time per batch |
+| `hftasks_time_to_first_token_seconds` | histogram | from arrival to the first token, per sequence |
+| `hftasks_token_gap_seconds` | histogram | from one token of a sequence to its next |
+| `hftasks_step_seconds` | histogram | the model's time per step of generation |
+| `hftasks_prompt_tokens_total` | counter | tokens of prompts that were fed to the model |
+| `hftasks_generated_tokens_total` | counter | tokens that were generated |
+| `hftasks_running_sequences` | gauge | sequences that are being generated |
+| `hftasks_waiting_sequences` | gauge | sequences that wait to begin |
+| `hftasks_kv_cache_share` | gauge | share of the cache of keys and values that is taken |
 | `hftasks_refused_total` | counter | requests refused with 429 |
 | `hftasks_errors_total` | counter | requests that failed, by `kind`: the class of the error |
 
-All carry `model_name` and `model_version`. With parallel workers the gauge is the sum over live workers.
+All carry `model_name` and `model_version`. With parallel workers gauges are sums over live workers, that of
+the cache is the largest.
 Collectors are made at first use, after MLServer has set up its multiprocess files.
 """
 
@@ -23,6 +32,7 @@ from typing import Any
 from prometheus_client import Counter, Gauge, Histogram
 
 from mlserver_hftasks.engine.batcher import BatchReport
+from mlserver_hftasks.engine.generator import StepReport
 from mlserver_hftasks.errors import HFTasksError, Overloaded
 
 _LABELS = ("model_name", "model_version")
@@ -46,6 +56,20 @@ def _collectors() -> dict[str, Any]:
         "tokens": histogram("batch_tokens", "real tokens per batch", _TOKENS),
         "padding": histogram("padding_share", "share of computed tokens that are padding", _SHARES),
         "forward": histogram("forward_seconds", "time of the model per batch", _SECONDS),
+        "first_token": histogram("time_to_first_token_seconds", "from arrival to first token", _SECONDS),
+        "token_gap": histogram("token_gap_seconds", "from a token of a sequence to its next", _SECONDS),
+        "step": histogram("step_seconds", "time of the model per step of generation", _SECONDS),
+        "prompt_tokens": Counter("hftasks_prompt_tokens_total", "tokens of prompts fed", _LABELS),
+        "generated": Counter("hftasks_generated_tokens_total", "tokens generated", _LABELS),
+        "running": Gauge(
+            "hftasks_running_sequences", "sequences in generation", _LABELS, multiprocess_mode="livesum"
+        ),
+        "waiting": Gauge(
+            "hftasks_waiting_sequences", "sequences that wait to begin", _LABELS, multiprocess_mode="livesum"
+        ),
+        "cache": Gauge(
+            "hftasks_kv_cache_share", "share of the cache that is taken", _LABELS, multiprocess_mode="livemax"
+        ),
         "refused": Counter("hftasks_refused_total", "requests refused with 429", _LABELS),
         "errors": Counter("hftasks_errors_total", "requests that failed", (*_LABELS, "kind")),
     }
@@ -71,6 +95,19 @@ class ModelMetrics:
         self._of["forward"].observe(report.forward_s)
         for wait in report.queue_wait_s:
             self._of["queue_wait"].observe(wait)
+
+    def step_ran(self, report: StepReport) -> None:
+        """Record one step of generation."""
+        self._of["step"].observe(report.seconds)
+        self._of["prompt_tokens"].inc(report.prompt_tokens)
+        self._of["generated"].inc(report.new_tokens)
+        self._of["running"].set(report.running)
+        self._of["waiting"].set(report.waiting)
+        self._of["cache"].set(report.cache_share)
+        for seconds in report.first_token_s:
+            self._of["first_token"].observe(seconds)
+        for seconds in report.token_gap_s:
+            self._of["token_gap"].observe(seconds)
 
     def queued(self, rows: int) -> None:
         """Record the depth of the queue."""

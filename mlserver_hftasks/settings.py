@@ -108,6 +108,14 @@ class Settings(BaseModel):
     timeout_ms: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_none_from_string)] = Field(
         None, description="give up on a request after this: 504; a request may ask for less"
     )
+    max_new_tokens: Count = Field(1024, description="most new tokens that a request may ask for; beyond: 400")
+    max_prompt_tokens: Annotated[Count | None, BeforeValidator(_none_from_string)] = Field(
+        None, description="most tokens of a prompt, if less than the model takes; beyond: 400"
+    )
+    kv_cache_tokens: Annotated[Count | None, BeforeValidator(_none_from_string)] = Field(
+        None, description="tokens in the cache of keys and values; from model and free memory if not set"
+    )
+    stream_interval: Count = Field(1, description="tokens per piece of a stream, where requests do not say")
     max_length: Annotated[Count | None, BeforeValidator(_none_from_string)] = Field(
         None, description="most tokens of a text, if less than the model takes"
     )

@@ -7,6 +7,7 @@ made once per process and removed at its end.
 from __future__ import annotations
 
 import atexit
+import copy
 import functools
 import hashlib
 import json
@@ -35,9 +36,14 @@ from tokenizers import (
 )
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-HeadName = Literal["sequence", "token", "mask", "qa", "base"]
+HeadName = Literal["sequence", "token", "mask", "qa", "base", "causal", "seq2seq"]
 
 CORPUS = Path(__file__).with_name("corpus.txt")
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m.role not in ['user', 'assistant', 'system'] %}"
+    "{{ raise_exception('roles are user and assistant') }}{% endif %}"
+    "{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
 MAX_TOKENS = 128
 """The longest text that any of the models takes."""
 
@@ -47,7 +53,10 @@ AUTO_CLASSES = {
     "mask": "AutoModelForMaskedLM",
     "qa": "AutoModelForQuestionAnswering",
     "base": "AutoModel",
+    "causal": "AutoModelForCausalLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
 }
+GENERATING = ("causal", "seq2seq")
 DEFAULT_LABELS = {"sequence": ("NEGATIVE", "POSITIVE"), "token": ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")}
 
 SIZES = {
@@ -67,12 +76,25 @@ class Family:
     config: dict[str, Any]
     token_types: bool = False
     heads: tuple[HeadName, ...] = ("sequence", "token", "mask", "qa", "base")
+    """Those that run in one pass; all of an architecture's others can be had too."""
+    start: Literal["eos_token_id", "pad_token_id"] | None = None
+    """The first token of a decoder that follows an encoder."""
 
 
 _OFFSET = {**SIZES, "max_position_embeddings": MAX_TOKENS + 2}
 """Positions that count from padding_idx + 1."""
 _GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_inner": 64, "n_positions": MAX_TOKENS}
 _ROPE = {**SIZES, "head_dim": 16}
+_BART = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "max_position_embeddings": MAX_TOKENS,
+}
 
 FAMILIES: dict[str, Family] = {
     "bert": Family("bert", {**SIZES, "type_vocab_size": 2}, token_types=True),
@@ -108,21 +130,27 @@ FAMILIES: dict[str, Family] = {
     "eurobert": Family(
         "eurobert", {**_ROPE, "num_key_value_heads": 1}, heads=("sequence", "token", "mask", "base")
     ),
-    "bart": Family(
-        "roberta",
+    "bart": Family("roberta", _BART, heads=("sequence",), start="eos_token_id"),
+    "mbart": Family("mbart", {**_BART, "scale_embedding": True}, heads=(), start="eos_token_id"),
+    "m2m_100": Family("mbart", {**_BART, "scale_embedding": True}, heads=(), start="eos_token_id"),
+    "marian": Family("t5", {**_BART, "scale_embedding": True}, heads=(), start="pad_token_id"),
+    "t5": Family(
+        "t5",
         {
             "d_model": 32,
-            "encoder_layers": 2,
-            "decoder_layers": 2,
-            "encoder_attention_heads": 2,
-            "decoder_attention_heads": 2,
-            "encoder_ffn_dim": 64,
-            "decoder_ffn_dim": 64,
-            "max_position_embeddings": MAX_TOKENS,
+            "d_kv": 16,
+            "d_ff": 64,
+            "num_layers": 2,
+            "num_heads": 2,
+            "relative_attention_num_buckets": 8,
+            "relative_attention_max_distance": 32,
         },
-        heads=("sequence",),
+        heads=(),
+        start="pad_token_id",
     ),
 }
+SEQ2SEQ = tuple(name for name, family in FAMILIES.items() if family.start)
+"""Encoders with a decoder: the head `seq2seq`."""
 
 
 def folder(architecture: str, head: HeadName, labels: Sequence[str] | None = None, **config: Any) -> Path:
@@ -139,12 +167,24 @@ def _folder(architecture: str, head: HeadName, labels: tuple[str, ...] | None, o
     name = hashlib.sha256(repr((labels, overrides)).encode()).hexdigest()[:8]
     path = _root() / f"{architecture}-{head}-{name}"
     tokenizer = tokenizer_of(architecture)
-    config = _config(architecture, tokenizer, labels, json.loads(overrides))
+    config = _config(architecture, head, tokenizer, labels, json.loads(overrides))
     torch_state = torch.random.get_rng_state()
     model = getattr(transformers, AUTO_CLASSES[head]).from_config(config)
     torch.random.set_rng_state(torch_state)
     fill_weights(model, seed=zlib.crc32(f"{architecture}-{head}".encode()))
+    if head in GENERATING:
+        _make_talkative(model, tokenizer.eos_token_id)
     model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@functools.cache
+def chat_tokenizer(architecture: str) -> Path:
+    """A folder with the family's tokenizer and a chat template."""
+    path = _root() / f"{architecture}-chat"
+    tokenizer = copy.deepcopy(tokenizer_of(architecture))
+    tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(path)
     return path
 
@@ -158,6 +198,7 @@ def _root() -> Path:
 
 def _config(
     architecture: str,
+    head: HeadName,
     tokenizer: PreTrainedTokenizerFast,
     labels: tuple[str, ...] | None,
     overrides: dict[str, Any],
@@ -167,8 +208,12 @@ def _config(
         architecture, ("bos", "eos")
     ):
         special[f"{name}_token_id"] = getattr(tokenizer, f"{name}_token_id")
-    if architecture == "bart":
-        special["decoder_start_token_id"] = tokenizer.eos_token_id
+    if start := FAMILIES[architecture].start:
+        special["decoder_start_token_id"] = getattr(tokenizer, start)
+    if architecture in ("bart", "mbart", "marian"):
+        special["forced_eos_token_id"] = tokenizer.eos_token_id
+    if head in GENERATING:
+        special["tie_word_embeddings"] = False  # else a token is followed by itself
     names: dict[str, Any] = {}
     if labels:
         names = {
@@ -191,6 +236,15 @@ def fill_weights(model: torch.nn.Module, seed: int) -> None:
                 weight.copy_(1 + 0.1 * noise)
             else:
                 weight.copy_(0.1 * noise)
+
+
+def _make_talkative(model: Any, eos_token_id: int) -> None:
+    """Answers that hang on the tokens before, and end now and then, so that they differ in length."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("attn.out_proj.weight"):
+                weight.mul_(0.3)  # what is attended to is much the same at every step
+        model.get_output_embeddings().weight[eos_token_id].mul_(2)
 
 
 # -- tokenizers ----------------------------------------------------------------------------------
@@ -238,6 +292,12 @@ _STYLES = {
     ),
     "roberta": _Style("bpe", _ROBERTA_TOKENS, "<s> $A </s>", "<s> $A </s> </s> $B </s>"),
     "xlm-roberta": _Style("unigram", _ROBERTA_TOKENS, "<s> $A </s>", "<s> $A </s> </s> $B </s>"),
+    "t5": _Style(
+        "unigram",
+        {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"},
+        "$A </s>",
+        "$A </s> $B </s>",
+    ),
     "modernbert": _Style("bpe", _BERT_TOKENS, "[CLS] $A [SEP]", "[CLS] $A [SEP] $B [SEP]"),
     "gpt2": _Style(
         "bpe",
@@ -261,6 +321,8 @@ _STYLES = {
 def tokenizer_of(architecture: str) -> PreTrainedTokenizerFast:
     """The family's tokenizer. Shared: do not change its settings."""
     family = FAMILIES[architecture]
+    if family.tokenizer == "mbart":
+        return _multilingual()
     style = _STYLES[family.tokenizer]
     types = ["token_type_ids"] if family.token_types else []
     return PreTrainedTokenizerFast(
@@ -301,6 +363,21 @@ def _pieces(words: Counter[str], mark: str) -> list[tuple[str, int]]:
     return [(piece, max(count[piece], 1)) for piece in dict.fromkeys([*sorted(letters), *order[:600]])]
 
 
+def _multilingual() -> PreTrainedTokenizerFast:
+    """mBART's own class, which knows languages by codes such as en_XX."""
+    lines = CORPUS.read_text(encoding="utf-8").splitlines()
+    splitter = pre_tokenizers.Metaspace()
+    pieces = _pieces(Counter(word for line in lines for word, _ in splitter.pre_tokenize_str(line)), "")
+    special = [(token, 0.0) for token in ("<s>", "<pad>", "</s>", "<unk>")]
+    vocabulary = [*special, *_scored(pieces)]
+    return transformers.MBartTokenizer(vocab=vocabulary, model_max_length=MAX_TOKENS)
+
+
+def _scored(pieces: Sequence[tuple[str, int]]) -> list[tuple[str, float]]:
+    total = sum(times for _, times in pieces)
+    return [(piece, math.log(times / total)) for piece, times in pieces]
+
+
 def _wordpiece(style: _Style, special: list[str]) -> Tokenizer:
     normalizer = normalizers.BertNormalizer(lowercase=True)
     splitter = pre_tokenizers.BertPreTokenizer()
@@ -319,10 +396,9 @@ def _unigram(style: _Style, special: list[str]) -> Tokenizer:
     splitter = pre_tokenizers.Metaspace()
     lines = CORPUS.read_text(encoding="utf-8").splitlines()
     pieces = _pieces(Counter(word for line in lines for word, _ in splitter.pre_tokenize_str(line)), "")
-    total = sum(times for _, times in pieces)
-    scored = [(piece, math.log(times / total)) for piece, times in pieces]
     unknown = special.index(str(style.tokens["unk_token"]))
-    tokenizer = Tokenizer(models.Unigram([*((token, 0.0) for token in special), *scored], unknown, False))
+    vocabulary = [*((token, 0.0) for token in special), *_scored(pieces)]
+    tokenizer = Tokenizer(models.Unigram(vocabulary, unknown, False))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")]
     )

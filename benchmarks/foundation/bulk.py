@@ -34,6 +34,7 @@ class Run:
     live_max_ms: float
     singles: int
     batch_ms: float = 0.0
+    """Mean batch of a bulk request that is alone."""
     bulk_s: float = 0.0
     faults: int = 0
 
@@ -93,9 +94,10 @@ def _idle(session: Session, server: Server) -> Run:
 def _beside_bulk(session: Session, server: Server) -> Run:
     target = v2.Bulk(server.host, server.port, MODEL, session.texts(BULK_TEXTS))
     before = server.metrics(MODEL)
+    load.run(load.closed_loop(target, 1, 0, limit_s=LIMIT_S))
+    batch_s = mean(before, server.metrics(MODEL), "hftasks_forward_seconds")
     work = load.closed_loop(target, 1, session.plan.bulks - 1, limit_s=LIMIT_S)
     singles, probes, bulks = load.run(_beside(session, server, work))
-    batch_s = mean(before, server.metrics(MODEL), "hftasks_forward_seconds")
     took = [answer.done_s - answer.sent_s for answer in bulks.answers]
     run = _run(singles, probes)
     return replace(

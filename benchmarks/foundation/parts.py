@@ -29,7 +29,7 @@ from mlserver_hftasks.engine.cost import CostModel
 from mlserver_hftasks.engine.rows import Outputs, Row
 from mlserver_hftasks.engine.scheduler import Limits, Scheduler
 from mlserver_hftasks.loading import load as load_model
-from mlserver_hftasks.runtime.service import Service
+from mlserver_hftasks.runtime.service import RowService
 from mlserver_hftasks.settings import Settings
 from mlserver_hftasks.tasks.base import Answered
 
@@ -121,14 +121,14 @@ async def _parts(session: Session) -> list[tuple[str, float]]:
     served = load_model(Settings(task="text-classification", pretrained_model=folder, device="cpu"))
     task = served.task
     batcher = Batcher(_Instant(), Scheduler(Limits(), CostModel(), padded=False))
-    service = Service(task, batcher, None)
+    service = RowService(task, None, batcher)
     body = v2.Texts("", 0, OURS, session.texts(64)).request(0).partition(b"\r\n\r\n")[2]
     payload = InferenceRequest.model_validate(orjson.loads(body))
     call, parameters = service._decode(payload)
     (example,) = task.examples(call.inputs, parameters)
     answered = Answered(example, served.backend.forward(example.rows))
     result = [task.postprocess(answered, parameters)]
-    response = InferenceResponse(model_name=OURS, outputs=await service.answer(payload))
+    response = InferenceResponse(model_name=OURS, outputs=(await service.answer(payload)).outputs)
     parts = [
         ("JSON, check the envelope", _time(lambda: check_envelope(orjson.loads(body)))),
         (

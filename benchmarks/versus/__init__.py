@@ -1,4 +1,4 @@
-"""The incumbent for real beside ours: `python -m benchmarks --versus`.
+"""The incumbent for real beside ours: `python -m benchmarks versus`.
 
 systems             what is compared, a row each
 fleet               their servers, side by side; a model that both transformers versions load

@@ -28,6 +28,8 @@ class Head:
     outputs: Mapping[str, Level]
     selects: bool = False
     """Whether each row says which of its tokens the head shall run on; see `Row.select`."""
+    generates: bool = False
+    """Whether the model continues rows step by step, in place of one pass over them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,7 +42,7 @@ def hard_rows(rows: Sequence[Row], config: PretrainedConfig, pad_token_id: int) 
     Each has the padding token inside (a client may write it), a second half of the second token type
     where the model knows one, and the longest reaches beyond the window of local attention.
     """
-    window = _window(config)
+    window = window_of(config)
     longest = max(range(len(rows)), key=lambda index: rows[index].cost)
     made = list(rows)
     if window is not None and window + 9 <= min(_most_tokens(config), MAX_WINDOW_TOKENS):
@@ -128,7 +128,7 @@ def _reversed(row: Row) -> Row:
     return replace(row, arrays={**row.arrays, "input_ids": ids})
 
 
-def _window(config: PretrainedConfig) -> int | None:
+def window_of(config: PretrainedConfig) -> int | None:
     """Tokens that local attention sees, or more; None without local attention."""
     sizes = [getattr(config, name, None) for name in ("sliding_window", "local_attention")]
     known = [size for size in sizes if isinstance(size, int) and size > 0]

@@ -13,7 +13,7 @@ from rich.table import Table
 from mlserver_hftasks.cli.edge import console, one_line, quiet
 from mlserver_hftasks.cli.texts import own_items, rows_of
 from mlserver_hftasks.cli.trial import Trial
-from mlserver_hftasks.loading import load
+from mlserver_hftasks.loading import load, memory
 from mlserver_hftasks.runtime.configuration import limits_of
 from mlserver_hftasks.runtime.folder import read_folder
 from mlserver_hftasks.runtime.metadata import input_tensors, output_tensors
@@ -35,11 +35,12 @@ def command(
     """See `HELP`."""
     with one_line():
         with quiet(), console.status(f"loading {folder}"):
+            memory.manage()
             name, settings = read_folder(folder)
             trial = Trial(load(settings))
             trial.outputs(rows_of(trial.served.task, own_items(trial.served.task.name)))
         _show(name, settings, trial)
-        trial.served.backend.close()
+        trial.served.close()
 
 
 def _show(name: str, settings: Settings, trial: Trial) -> None:

@@ -20,7 +20,7 @@ from mlserver_hftasks.cli.texts import Item, own_items, read_items, rows_of, tex
 from mlserver_hftasks.cli.trial import Difference, Speed, Trial, difference, speeds
 from mlserver_hftasks.engine.rows import Row
 from mlserver_hftasks.errors import InvalidSettings
-from mlserver_hftasks.loading import load
+from mlserver_hftasks.loading import load, memory
 from mlserver_hftasks.loading.cache import new_folder
 from mlserver_hftasks.loading.manifest import WEIGHTS
 from mlserver_hftasks.loading.source import Source
@@ -125,6 +125,7 @@ def prepare(wanted: Wanted, out: Path, advance: Advance = lambda step: None) -> 
     """Make the folder `out`, or nothing at all. Raises `HFTasksError`."""
     if out.exists():
         raise InvalidSettings("it is there already, expected a folder that is not, to be made @ " + str(out))
+    memory.manage()
     with new_folder(out.resolve()) as folder:
         advance(LOADING)
         before, loaded_before = _tried(wanted.reference)
@@ -142,8 +143,8 @@ def prepare(wanted: Wanted, out: Path, advance: Advance = lambda step: None) -> 
         advance(TIMING)
         speed = speeds({"before": before, "after": after}, rows)
         report = _report(wanted, folder, rows, (before, after), (loaded_before, loaded_after), speed, apart)
-        before.served.backend.close()
-        after.served.backend.close()
+        before.served.close()
+        after.served.close()
         report.write(folder)
         for path in folder.rglob("*"):
             path.chmod(0o755 if path.is_dir() else 0o644)  # a server may run as another user

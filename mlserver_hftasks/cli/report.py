@@ -59,7 +59,6 @@ class Report:
         made.add_row("batches", before.how.packing, after.how.packing, "")
         for name, one, other, digits in (
             ("size, MiB", before.weights_bytes / 2**20, after.weights_bytes / 2**20, 1),
-            ("load, s", before.load_s, after.load_s, 2),
             ("latency of one, ms", before.speed.latency_ms, after.speed.latency_ms, 2),
             ("throughput, rows/s", before.speed.rows_per_s, after.speed.rows_per_s, 0),
         ):

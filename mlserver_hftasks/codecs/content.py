@@ -238,6 +238,7 @@ _DECODERS: dict[str, Callable[[RequestInput, list[Any]], Decoded]] = {
     "raw": _decode_raw,
     "hg_json": _decode_json,
     "hg_jsonlist": _decode_jsonlist,
+    "hg_conversation": _decode_jsonlist,
     "pillow_image": _decode_images,
     "base64": _decode_base64,
     "nplist": _decode_arrays,

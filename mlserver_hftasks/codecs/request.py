@@ -15,8 +15,12 @@ from mlserver_hftasks.errors import InvalidRequest, did_you_mean
 SCALAR_NAME = "args"
 """The input whose one element is an item by itself, as an argument of the pipeline would be."""
 
+STREAMED = "hftasks_streamed"
+"""The request parameter that marks what was sent to stream and goes to a worker, which cannot."""
+
 PROTOCOL_PARAMETERS = frozenset(
     {
+        STREAMED,
         "content_type",
         "headers",
         "sequence_id",

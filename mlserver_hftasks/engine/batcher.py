@@ -85,7 +85,8 @@ class Batcher:
         """The outputs of the rows, in order.
 
         Raises `Overloaded` at once, `Unavailable` when closing, `ForwardFailed` if the model raised on
-        one of these rows. Cancelling the call takes its waiting rows out of the queue.
+        one of these rows. Cancelling the call takes its waiting rows out of the queue, and ends those
+        that a model continues step by step.
         """
         if not rows:
             return []
@@ -102,6 +103,8 @@ class Batcher:
         finally:
             self._waiters.pop(job, None)
             if waiter.missing:
+                for row in rows:
+                    row.abandon()
                 with self._wake:
                     self._scheduler.cancel(job)
                 self._observe_queue(self.queued_rows)

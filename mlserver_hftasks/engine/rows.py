@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
-Outputs = Mapping[str, FloatArray]
-"""What the model says of one row: output name -> array without a batch dimension."""
+Outputs = Mapping[str, npt.NDArray[Any]]
+"""What the model says of one row: output name -> array without a batch dimension; float32, or int64 where
+they are ids or counts."""
+
+
+@dataclass(eq=False, slots=True)
+class Decoding:
+    """What a row brings that a model continues step by step. `until` and `abandoned` may change meanwhile."""
+
+    max_new_tokens: int
+    min_new_tokens: int = 0
+    width: int = 1
+    """Sequences that run side by side: beams, or answers."""
+    seed: int | None = None
+    """Of what is drawn; None draws differently each time."""
+    until: float = math.inf
+    """When to return what there is, in seconds of `time.monotonic`."""
+    abandoned: bool = False
+    """Nobody waits any more."""
+
+    @property
+    def cost(self) -> int:
+        """Tokens that it takes at most."""
+        return self.width * self.max_new_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,11 +45,13 @@ class Row:
     `arrays` map the model's input names to arrays of shape [tokens]. `key` says who may share a batch:
     rows run together exactly when their keys are equal. `select`, where given, names the positions
     whose outputs are wanted, so that a head over a large vocabulary need not compute the others.
+    `decoding` is there where the model continues the row.
     """
 
     arrays: Mapping[str, IntArray]
     key: Hashable = None
     select: IntArray | None = None
+    decoding: Decoding | None = None
 
     def __post_init__(self) -> None:
         if self.cost < 1:
@@ -33,8 +59,13 @@ class Row:
 
     @property
     def cost(self) -> int:
-        """Number of tokens."""
-        return len(self.arrays["input_ids"])
+        """Number of tokens, those that may come included."""
+        return len(self.arrays["input_ids"]) + (0 if self.decoding is None else self.decoding.cost)
+
+    def abandon(self) -> None:
+        """Say that nobody waits for it any more, for a model that is at it."""
+        if self.decoding is not None:
+            self.decoding.abandoned = True
 
 
 @dataclass(eq=False, slots=True)

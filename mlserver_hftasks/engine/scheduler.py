@@ -164,14 +164,16 @@ class Scheduler:
 
     def _fill_packed(self, queue: _Queue) -> list[Ticket]:
         budget, rows = self.budget_tokens, self.limits.max_batch_rows
+        reserve = self._reserve(queue)
         tickets: list[Ticket] = []
         touched: list[_Entry] = []
         misfits = 0
         while queue and misfits < MAX_MISFITS and len(tickets) < rows and budget > 0:
             touched.append(heapq.heappop(queue))
             job = touched[-1][2]
+            kept = reserve if self._is_long(job) else 0
             while job.pending and len(tickets) < rows:
-                if tickets and job.rows[job.pending[-1]].cost > budget:
+                if tickets and job.rows[job.pending[-1]].cost > budget - kept:
                     misfits += 1
                     break
                 ticket = Ticket(job, job.pending.pop())
@@ -182,7 +184,9 @@ class Scheduler:
         return tickets
 
     def _fill_padded(self, queue: _Queue) -> list[Ticket]:
+        reserve = self._reserve(queue)
         touched, pool = self._pool(queue)
+        budget = self.budget_tokens - (reserve if any(self._is_long(job) for _, _, job in touched) else 0)
         costs = [ticket.row.cost for ticket in pool]
         most_urgent = min(
             cost for ticket, cost in zip(pool, costs, strict=True) if ticket.job is touched[0][2]
@@ -190,7 +194,7 @@ class Scheduler:
         # Of rows of one length the more urgent ones lie nearer to the most urgent row of all.
         order = sorted(range(len(pool)), key=lambda i: (costs[i], i if costs[i] >= most_urgent else -i))
         seed = sum(cost < most_urgent for cost in costs)
-        first, last = self._best_window([costs[i] for i in order], seed)
+        first, last = self._best_window([costs[i] for i in order], seed, budget)
         chosen = [pool[i] for i in order[first : last + 1]]
         leaving = {(ticket.job, ticket.index) for ticket in chosen}
         for _, _, job in touched:
@@ -214,7 +218,18 @@ class Scheduler:
                     break
         return touched, pool
 
-    def _best_window(self, costs: list[int], seed: int) -> tuple[int, int]:
+    def _reserve(self, queue: _Queue) -> int:
+        """Tokens of the next batch that long jobs may not fill.
+
+        They fill up what a short job leads, but no more than half of it: its answer comes with the whole
+        batch, and half a batch costs them little throughput.
+        """
+        return 0 if self._is_long(queue[0][2]) else self.budget_tokens // 2
+
+    def _is_long(self, job: Job) -> bool:
+        return job.remaining_tokens > self.budget_tokens
+
+    def _best_window(self, costs: list[int], seed: int, budget: int) -> tuple[int, int]:
         """First and last index of the window around `seed` with the most useful tokens per second."""
         lengths = np.asarray(costs, dtype=np.float64)
         total = np.concatenate(([0.0], np.cumsum(lengths)))
@@ -223,7 +238,7 @@ class Scheduler:
         rows = last - first + 1
         padded = rows * lengths[seed:][None, :]
         useful = total[last + 1] - total[first]
-        allowed = (padded <= self.budget_tokens) & (rows <= self.limits.max_batch_rows)
+        allowed = (padded <= budget) & (rows <= self.limits.max_batch_rows)
         allowed |= rows == 1
         # No batch is free: without any overhead, batches of one row would always look best.
         overhead, per_token = max(self.cost.overhead_s, MIN_OVERHEAD_S), self.cost.per_token_s

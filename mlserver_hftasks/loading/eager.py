@@ -13,7 +13,7 @@ from mlserver_hftasks.backends.torch import TorchBackend
 from mlserver_hftasks.engine.rows import Row
 from mlserver_hftasks.errors import InvalidSettings
 from mlserver_hftasks.loading.facts import max_tokens_of, pad_token_id_of
-from mlserver_hftasks.loading.memory import keep_freed_memory
+from mlserver_hftasks.loading.generating import generating
 from mlserver_hftasks.loading.served import Served, model_facts, probe_rows, task_of
 from mlserver_hftasks.loading.source import Source
 from mlserver_hftasks.loading.threads import set_torch_threads
@@ -32,14 +32,12 @@ def load_eager(settings: Settings) -> Served:
     tokenizer = source.tokenizer()
     model = source.model(kind.head, config, device)
     encoder = Encoder(tokenizer, max_tokens_of(settings.max_length, tokenizer, model))
+    pad_token_id = pad_token_id_of(tokenizer, model)
+    if kind.head.generates:
+        return generating(settings, source, kind, config, model, encoder, device, pad_token_id)
     task = kind(model_facts(settings, config, encoder, source.folder))
     backend = torch_backend(
-        settings,
-        model,
-        kind.head,
-        device=device,
-        pad_token_id=pad_token_id_of(tokenizer, model),
-        probe=probe_rows(encoder),
+        settings, model, kind.head, device=device, pad_token_id=pad_token_id, probe=probe_rows(encoder)
     )
     return Served(task, backend)
 
@@ -72,7 +70,6 @@ def torch_backend(
     probe: Sequence[Row],
 ) -> TorchBackend:
     """The backend, after `check_quantization`. Changes the model. Raises `InvalidSettings`."""
-    keep_freed_memory()
     quantized = settings.quantization == "int8"
     if quantized:
         int8.quantize(model, lambda: _run(model, probe[0]))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlserver_hftasks.backends.base import Backend
+from mlserver_hftasks.backends.base import Backend, Description
 from mlserver_hftasks.engine.rows import Row
 from mlserver_hftasks.errors import InvalidSettings
 from mlserver_hftasks.loading.facts import labels_of
@@ -17,13 +17,19 @@ from mlserver_hftasks.tasks.encoder import Encoder
 from mlserver_hftasks.tasks.registry import canonical_name, task_class
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import GenerationConfig, PretrainedConfig
+
+    from mlserver_hftasks.backends.decoder import TorchDecoder
 
 TASK_OF_HEAD = {
     "ForSequenceClassification": "text-classification",
     "ForTokenClassification": "token-classification",
     "ForQuestionAnswering": "question-answering",
     "ForMaskedLM": "fill-mask",
+    "ForConditionalGeneration": "text2text-generation",
+    "MTModel": "translation",
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
     "Model": "feature-extraction",
 }
 """The task of a model whose class name ends so, where the settings name none."""
@@ -35,22 +41,56 @@ class Served:
 
     task: Task[Any]
     backend: Backend
+    decoder: TorchDecoder | None = None
+    """Steps through what is generated, where the model fits; `backend` runs the rest."""
+
+    @property
+    def description(self) -> Description:
+        """How most of what comes is run."""
+        return (self.decoder or self.backend).description
+
+    def close(self) -> None:
+        """Give the memory back."""
+        if self.decoder is not None:
+            self.decoder.close()
+        self.backend.close()
+
+
+def asked_as(settings: Settings, config: PretrainedConfig, folder: Path) -> str:
+    """The task that the settings name, with its suffix, or that the model's own files suggest."""
+    return (settings.task or _infer_task(config.architectures, folder)) + settings.task_suffix
 
 
 def task_of(settings: Settings, config: PretrainedConfig, folder: Path) -> type[Task[Any]]:
-    """The class of the task that the settings name, or that the model's own files suggest."""
-    return task_class(canonical_name(settings.task or _infer_task(config.architectures, folder)))
+    """The class of that task."""
+    return task_class(canonical_name(asked_as(settings, config, folder)))
 
 
-def model_facts(settings: Settings, config: PretrainedConfig, encoder: Encoder, folder: Path) -> ModelFacts:
-    """What the task needs to know of the model."""
+def model_facts(
+    settings: Settings,
+    config: PretrainedConfig,
+    encoder: Encoder,
+    folder: Path,
+    *,
+    generation_config: GenerationConfig | None = None,
+    cache_tokens: int = 1 << 20,
+) -> ModelFacts:
+    """What the task needs to know of the model; the last two where it generates."""
     return ModelFacts(
         config=config,
         encoder=encoder,
         labels=labels_of(settings.labels, config, folder),
         truncation=settings.truncation,
-        limits=ItemLimits(settings.max_items, settings.max_text_chars),
+        limits=ItemLimits(
+            settings.max_items,
+            settings.max_text_chars,
+            settings.max_new_tokens,
+            settings.max_prompt_tokens,
+            cache_tokens,
+        ),
+        generation_config=generation_config,
         folder=str(folder),
+        asked_as=asked_as(settings, config, folder),
     )
 
 

@@ -9,9 +9,14 @@ from typing import Any
 import mlserver
 
 from mlserver_hftasks.engine.scheduler import Limits
+from mlserver_hftasks.engine.steps import StepLimits
 from mlserver_hftasks.settings import Settings, read_settings
 
 DEFAULT_BATCH_ROWS = 256
+DEFAULT_SEQUENCES = 64
+"""Sequences that are generated at once."""
+PREFILL_TOKENS = {"cpu": 128}
+"""Most tokens of prompts in a step: on a CPU about as much as a step of many sequences costs without."""
 
 
 def settings_of(settings: mlserver.ModelSettings) -> Settings:
@@ -52,6 +57,16 @@ def limits_of(settings: Settings) -> Limits:
         max_queue_rows=settings.max_queue_rows,
         max_queue_tokens=settings.max_queue_tokens,
         latency_target_s=None if target is None else target / 1e3,
+    )
+
+
+def step_limits_of(settings: Settings, device: str) -> StepLimits:
+    """The bounds of the generating engine; `device` as its backend describes it."""
+    return StepLimits(
+        max_sequences=settings.batch_size or DEFAULT_SEQUENCES,
+        prefill_tokens=min(PREFILL_TOKENS.get(device, 2048), settings.max_batch_tokens),
+        max_queue_rows=settings.max_queue_rows,
+        max_queue_tokens=settings.max_queue_tokens,
     )
 
 

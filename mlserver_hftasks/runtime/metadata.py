@@ -16,7 +16,7 @@ _DATATYPES = (("integer", "INT64"), ("number", "FP32"), ("boolean", "BOOL"))
 
 def described(response: MetadataModelResponse, served: Served) -> MetadataModelResponse:
     """MLServer's own answer, with what is served and how."""
-    how = served.backend.description
+    how = served.description
     response.platform = response.platform or "transformers"
     response.inputs = input_tensors(served.task.signature)
     response.outputs = output_tensors(served.task.signature)
@@ -27,8 +27,17 @@ def described(response: MetadataModelResponse, served: Served) -> MetadataModelR
         dtype=how.dtype,
         packing=how.packing,
         max_length=served.task.model.encoder.max_tokens,
+        **_of_generation(served),
     )
     return response
+
+
+def _of_generation(served: Served) -> dict[str, Any]:
+    if not served.task.head.generates:
+        return {}
+    limits = served.task.model.limits
+    found: dict[str, Any] = {"max_new_tokens": limits.max_new_tokens}
+    return found if served.decoder is None else {**found, "kv_cache_tokens": limits.cache_tokens}
 
 
 def input_tensors(signature: Signature) -> list[MetadataTensor]:

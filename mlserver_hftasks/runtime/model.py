@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import functools
-import gc
 import logging
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager, suppress
 
 import mlserver
-from mlserver.types import InferenceRequest, InferenceResponse, MetadataModelResponse, ResponseOutput
+from mlserver.errors import MLServerError
+from mlserver.types import InferenceRequest, InferenceResponse, MetadataModelResponse, Parameters
 
 from mlserver_hftasks.engine.batcher import Batcher
 from mlserver_hftasks.engine.cost import CostModel
+from mlserver_hftasks.engine.generator import Generator
 from mlserver_hftasks.engine.scheduler import Scheduler
+from mlserver_hftasks.engine.steps import StepScheduler
 from mlserver_hftasks.engine.warmup import warm_up
 from mlserver_hftasks.errors import ForwardFailed, HFTasksError, Unavailable
-from mlserver_hftasks.loading import Served, load, probe_rows
+from mlserver_hftasks.loading import Served, load, memory, probe_rows
 from mlserver_hftasks.loading.threads import set_torch_threads
 from mlserver_hftasks.metrics import ModelMetrics
-from mlserver_hftasks.runtime.configuration import limits_of, settings_of, take_over_batching
+from mlserver_hftasks.runtime.configuration import limits_of, settings_of, step_limits_of, take_over_batching
+from mlserver_hftasks.runtime.generation import GenerationService
 from mlserver_hftasks.runtime.metadata import described
 from mlserver_hftasks.runtime.server import as_mlserver_error, limit_body, prepare_server
-from mlserver_hftasks.runtime.service import Service
+from mlserver_hftasks.runtime.service import Reply, RowService, Service
 from mlserver_hftasks.settings import Settings
 
 logger = logging.getLogger("mlserver.hftasks")
@@ -64,15 +66,7 @@ class HFTasksRuntime(mlserver.MLModel):
         except HFTasksError as error:
             raise as_mlserver_error(error) from None
         self._metrics = ModelMetrics(self.name, self.version)
-        batcher = Batcher(
-            served.backend,
-            Scheduler(limits_of(settings), cost, padded=served.backend.padded),
-            on_thread_start=functools.partial(set_torch_threads, settings),
-            observe=self._metrics.batch_ran,
-            observe_queue=self._metrics.queued,
-            name=self.name,
-        )
-        self._served, self._service = served, Service(served.task, batcher, settings.timeout_ms)
+        self._served, self._service = served, self._make_service(served, cost)
         self._log_loaded(served, cost)
         return True
 
@@ -86,10 +80,10 @@ class HFTasksRuntime(mlserver.MLModel):
             self._drained.clear()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._drained.wait(), DRAIN_SECONDS)
-        await service.batcher.close()
-        served.backend.close()
+        await service.close()
+        served.close()
         del served, service
-        await asyncio.to_thread(_give_memory_back)
+        await asyncio.to_thread(memory.give_back)
         return True
 
     async def metadata(self) -> MetadataModelResponse:
@@ -102,14 +96,70 @@ class HFTasksRuntime(mlserver.MLModel):
     async def predict(self, payload: InferenceRequest) -> InferenceResponse:
         """Answer one V2 request. Every error is an `MLServerError` with its status."""
         with self._counted(), self._errors_mapped():
-            return InferenceResponse(
-                model_name=self.name, model_version=self.version, outputs=await self._answer(payload)
-            )
+            return self._response(await self._ready_service().answer(payload))
 
-    async def _answer(self, payload: InferenceRequest) -> list[ResponseOutput]:
+    async def predict_stream(
+        self, payloads: AsyncIterator[InferenceRequest]
+    ) -> AsyncIterator[InferenceResponse]:
+        """Answer one V2 request in pieces. An error after the first piece is a last piece that says so.
+
+        Closing the iterator, as MLServer does when a client goes away, ends the generation.
+        """
+        begun = False
+        try:
+            with self._counted(), self._errors_mapped():
+                payload = await anext(payloads)
+                async with aclosing(self._ready_service().stream(payload)) as pieces:
+                    async for piece in pieces:
+                        yield self._response(piece)
+                        begun = True
+        except MLServerError as error:
+            if not begun:
+                raise
+            said = {"error": str(error), "status_code": error.status_code, "finish_reason": "error"}
+            yield self._response(Reply([], said))
+
+    def _ready_service(self) -> Service:
         if self._service is None:
             raise Unavailable(f"the model '{self.name}' is not loaded, expected a model that is ready")
-        return await self._service.answer(payload)
+        return self._service
+
+    def _response(self, reply: Reply) -> InferenceResponse:
+        return InferenceResponse(
+            model_name=self.name,
+            model_version=self.version,
+            outputs=reply.outputs,
+            parameters=Parameters(**reply.parameters) if reply.parameters else None,
+        )
+
+    def _make_service(self, served: Served, cost: CostModel) -> Service:
+        settings = self._hf_settings
+        threads = functools.partial(set_torch_threads, settings)
+        batcher = Batcher(
+            served.backend,
+            Scheduler(limits_of(settings), cost, padded=served.backend.padded),
+            on_thread_start=threads,
+            observe=self._metrics.batch_ran,
+            observe_queue=self._metrics.queued,
+            name=self.name,
+        )
+        if served.decoder is None:
+            return RowService(served.task, settings.timeout_ms, batcher)
+        limits = step_limits_of(settings, served.decoder.description.device)
+        generator = Generator(
+            served.decoder,
+            StepScheduler(limits, served.decoder.cache_tokens),
+            on_thread_start=threads,
+            observe=self._metrics.step_ran,
+            name=f"{self.name}-steps",
+        )
+        return GenerationService(
+            served.task,  # type: ignore[arg-type]
+            settings.timeout_ms,
+            generator,
+            batcher,
+            stream_interval=settings.stream_interval,
+        )
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
@@ -135,7 +185,7 @@ class HFTasksRuntime(mlserver.MLModel):
             raise as_mlserver_error(failure) from error
 
     def _log_loaded(self, served: Served, cost: CostModel) -> None:
-        how = served.backend.description
+        how = served.description
         logger.info(
             "loaded model=%s version=%s task=%s backend=%s device=%s dtype=%s packing=%s max_tokens=%d "
             "overhead_ms=%.2f us_per_token=%.1f",
@@ -154,19 +204,13 @@ class HFTasksRuntime(mlserver.MLModel):
 
 def _load(settings: Settings, cost: CostModel) -> Served:
     with _loading:
+        memory.manage()
         served = load(settings)
-        if settings.warmup:
+        if settings.warmup and served.decoder is None:  # a decoder's probe has warmed it up
             rows_of = functools.partial(probe_rows, served.task.model.encoder)
-            warm_up(served.backend, served.backend.padded, cost, rows_of)
-        # Looking through all objects of torch and transformers would stop the event loop for half a second.
-        gc.collect()
-        gc.freeze()
+            if served.task.head.generates:  # what a row costs hangs on what a request asks for
+                served.backend.forward(rows_of((4, 16)))
+            else:
+                warm_up(served.backend, served.backend.padded, cost, rows_of)
+        memory.settle()
     return served
-
-
-def _give_memory_back() -> None:
-    gc.unfreeze()
-    gc.collect()
-    gc.freeze()
-    with suppress(OSError, AttributeError):  # only glibc keeps freed memory, and can be told not to
-        ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -10,6 +11,9 @@ from typing import Any, TypeVar
 from mlserver_hftasks.errors import DeadlineExceeded, Overloaded
 
 T = TypeVar("T")
+
+GRACE_S = 10.0
+"""How long an engine may take to end a generation that is late: a step that runs is not interrupted."""
 
 INLINE_CHARS = 4_000
 """Requests up to this size are decoded and tokenized on the event loop: under a millisecond."""
@@ -64,6 +68,17 @@ class Deadline:
         if timeout_ms is not None and (self._ms is None or timeout_ms < self._ms):
             self._ms = timeout_ms
             self._timeout.reschedule(self._when())
+
+    @property
+    def until(self) -> float | None:
+        """When the timeout passes, in seconds of `time.monotonic`; None for never."""
+        when = self._when()
+        return None if when is None else time.monotonic() + when - asyncio.get_running_loop().time()
+
+    def leave_to_engine(self) -> None:
+        """Raise no more by then: an engine that was told `until` returns what it has, within `GRACE_S`."""
+        when = self._when()
+        self._timeout.reschedule(None if when is None else when + GRACE_S)
 
     def _when(self) -> float | None:
         return None if self._ms is None else self._started + self._ms / 1e3

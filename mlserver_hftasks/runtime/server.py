@@ -9,6 +9,7 @@
 - a gRPC message that is no V2 request is an INVALID_ARGUMENT (MLServer says INTERNAL), and so is a
   parameter of a kind that MLServer drops in silence;
 - a stream that fails before its first answer has the error's own status (MLServer says 500);
+- a stream that goes to a worker says so, since a worker cannot stream;
 - a request for a model that is still loading is a 503 (MLServer says 400);
 - an error that crosses from a worker keeps its message (MLServer puts the class before it);
 - what a client did wrong is not logged with a traceback;
@@ -40,13 +41,15 @@ import orjson
 from mlserver.errors import MLServerError, ModelNotReady
 from mlserver.grpc.servicers import InferenceServicer
 from mlserver.parallel.errors import WorkerError
+from mlserver.parallel.model import ParallelModel
 from mlserver.rest.requests import Request
 from mlserver.rest.responses import Response
+from mlserver.types import InferenceRequest, InferenceResponse, Parameters
 from starlette.exceptions import HTTPException
 from starlette.responses import StreamingResponse
 
 from mlserver_hftasks.codecs.envelope import check_envelope, check_id
-from mlserver_hftasks.codecs.request import PROTOCOL_PARAMETERS
+from mlserver_hftasks.codecs.request import PROTOCOL_PARAMETERS, STREAMED
 from mlserver_hftasks.errors import HFTasksError, InvalidSettings, Overloaded
 
 GRPC_CODES = {
@@ -146,7 +149,23 @@ def prepare_server() -> None:
     mlserver.rest.endpoints.StreamingResponse = _Stream
     mlserver.parallel.worker.WorkerError = _worker_error
     mlserver.handlers.dataplane.ModelNotReady = _not_ready
+    _mark_streams_to_workers()
     _refuse_bad_messages()
+
+
+def _mark_streams_to_workers() -> None:
+    """MLServer sends them as requests for a whole answer; the task shall know, and refuse if it streams."""
+
+    async def predict_stream(
+        model: ParallelModel, payloads: AsyncIterator[InferenceRequest]
+    ) -> AsyncIterator[InferenceResponse]:
+        payload = await anext(payloads)
+        if model.name in _body_limits:
+            parameters = payload.parameters or Parameters()
+            payload.parameters = parameters.model_copy(update={STREAMED: True})
+        yield await model.predict(payload)
+
+    ParallelModel.predict_stream = predict_stream
 
 
 def _refuse_bad_messages() -> None:

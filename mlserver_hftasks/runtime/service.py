@@ -5,8 +5,10 @@ The numbers are the steps of `docs/structure.md`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,27 +29,66 @@ MAX_NUMBERS = 16_000_000
 """Most numbers in an answer; beyond: 413. As JSON they are some 200 MB."""
 
 
-class Service:
-    """Answers requests for one task, over one engine."""
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a response holds: its outputs, and what its parameters say."""
 
-    def __init__(self, task: Task[Any], batcher: Batcher, timeout_ms: float | None) -> None:
+    outputs: list[ResponseOutput]
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request, decoded and checked."""
+
+    call: Call
+    parameters: Parameters
+    examples: list[Example]
+
+
+class Service(ABC):
+    """Answers requests for one task, over an engine that a subclass knows."""
+
+    def __init__(self, task: Task[Any], timeout_ms: float | None) -> None:
         self.task = task
-        self.batcher = batcher
         self._timeout_ms = timeout_ms
         self._names = _names_of(task.signature)
 
-    async def answer(self, payload: InferenceRequest) -> list[ResponseOutput]:
-        """The outputs for a request. Raises `HFTasksError`."""
-        self.batcher.check_admission()  # 1
+    async def answer(self, payload: InferenceRequest) -> Reply:
+        """The answer to a request. Raises `HFTasksError`."""
+        self.check_admission()  # 1
         async with Deadline(self._timeout_ms) as deadline:
-            call, parameters = await run_for(size_of(payload, BULK_CHARS), self._decode, payload)  # 2
-            deadline.tighten(parameters.timeout_ms)
-            examples = await run_for(_work_of(call), self._examples, call, parameters)  # 3
-            outputs = await self.batcher.run([row for example in examples for row in example.rows])  # 4 to 7
-            answered = _regroup(examples, outputs)
-            numbers = sum(array.size for row in outputs for array in row.values())
-            work = int(CHARS_PER_NUMBER * numbers)
-            return await run_for(work, _encode, self.task, call, parameters, answered)  # 8
+            asked = await self.read(payload, deadline)  # 2 and 3
+            answered = await self.run(asked, deadline)  # 4 to 7
+            numbers = sum(array.size for item in answered for row in item.outputs for array in row.values())
+            return await run_for(int(CHARS_PER_NUMBER * numbers), self._reply, asked, answered)  # 8
+
+    async def stream(self, payload: InferenceRequest) -> AsyncGenerator[Reply, None]:
+        """The answer in pieces; of a task that has none, in one. Raises `HFTasksError`."""
+        yield await self.answer(payload)
+
+    @abstractmethod
+    def check_admission(self) -> None:
+        """Raise `Overloaded` if even the smallest request would be refused now."""
+
+    @abstractmethod
+    async def run(self, asked: Asked, deadline: Deadline) -> list[Answered]:
+        """What the engine makes of a request, per item."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """End the engine's thread; what still waits fails."""
+
+    async def read(self, payload: InferenceRequest, deadline: Deadline) -> Asked:
+        """Decode and check the request, make its examples, take its timeout if it is shorter."""
+        call, parameters = await run_for(size_of(payload, BULK_CHARS), self._decode, payload)
+        deadline.tighten(parameters.timeout_ms)
+        examples = await run_for(_work_of(call), self._examples, call, parameters)
+        return Asked(call, parameters, examples)
+
+    def _reply(self, asked: Asked, answered: list[Answered]) -> Reply:
+        outputs = _encode(self.task, asked.call, asked.parameters, answered)
+        return Reply(outputs, self.task.summary(answered, asked.parameters))
 
     def _decode(self, payload: InferenceRequest) -> tuple[Call, Parameters]:
         with _nesting_checked():
@@ -60,6 +101,37 @@ class Service:
     def _examples(self, call: Call, parameters: Parameters) -> list[Example]:
         with _nesting_checked():
             return self.task.examples(call.inputs, parameters)
+
+
+class RowService(Service):
+    """Runs rows in the batches of one engine."""
+
+    def __init__(self, task: Task[Any], timeout_ms: float | None, batcher: Batcher) -> None:
+        super().__init__(task, timeout_ms)
+        self._batcher = batcher
+
+    def check_admission(self) -> None:
+        """See `Service`."""
+        self._batcher.check_admission()
+
+    async def run(self, asked: Asked, deadline: Deadline) -> list[Answered]:
+        """See `Service`."""
+        return await run_rows(self._batcher, asked.examples, deadline)
+
+    async def close(self) -> None:
+        """See `Service`."""
+        await self._batcher.close()
+
+
+async def run_rows(batcher: Batcher, examples: list[Example], deadline: Deadline) -> list[Answered]:
+    """Outputs of the examples' rows. Those that a model continues return by the deadline what they have."""
+    rows = [row for example in examples for row in example.rows]
+    decodings = [row.decoding for row in rows if row.decoding is not None]
+    if decodings and deadline.until is not None:
+        for decoding in decodings:
+            decoding.until = deadline.until
+        deadline.leave_to_engine()
+    return _regroup(examples, await batcher.run(rows))
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from mlserver_hftasks.tasks.encoder import Encoder
 from mlserver_hftasks.tasks.signature import Parameters, Signature, Tensor
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import GenerationConfig, PretrainedConfig
 
 P = TypeVar("P", bound=Parameters)
 
@@ -30,6 +30,12 @@ class ItemLimits:
 
     max_items: int = 1024
     max_text_chars: int = 100_000
+    max_new_tokens: int = 1024
+    """Of one answer."""
+    max_prompt_tokens: int | None = None
+    """None: what the model takes."""
+    cache_tokens: int = 1 << 20
+    """Of the generating engine: a prompt and its answer fit into it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +49,12 @@ class ModelFacts:
     truncation: bool | str | None = None
     """The setting; None leaves it to the task."""
     limits: ItemLimits = ItemLimits()
+    generation_config: Any = None
+    """The model's `transformers.GenerationConfig`, for tasks that generate."""
     folder: str | None = None
     """Local folder of the model's files, where there is one."""
+    asked_as: str = ""
+    """The task as the settings name it, which may say more than its own name: `translation_en_to_fr`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +85,11 @@ class Task(ABC, Generic[P]):
     def __init__(self, model: ModelFacts) -> None:
         self.model = model
 
+    @classmethod
+    def configure(cls, name: str, config: PretrainedConfig, generation: GenerationConfig) -> None:
+        """Change how the model generates to what its config says of the task, asked for by that name."""
+        return
+
     @abstractmethod
     def examples(self, inputs: Mapping[str, Sequence[Any]], parameters: P) -> list[Example]:
         """One example per item. `inputs` maps the signature's input names to decoded values.
@@ -100,6 +115,10 @@ class Task(ABC, Generic[P]):
         unwrap = scalar or (self.unwraps_single and len(results) == 1)
         result = results[0] if unwrap else results
         return result if isinstance(result, list) else [result]
+
+    def summary(self, answered: Sequence[Answered], parameters: P) -> Mapping[str, Any]:
+        """What the parameters of the response say of the answer: texts and numbers by name."""
+        return {}
 
     # -- helpers for subclasses ------------------------------------------------------------------
 

@@ -84,26 +84,29 @@ class Encoder:
         truncation: Truncation | None = None,
         *,
         words: bool = False,
+        special: bool = True,
         limited: bool = True,
         where: str = "inputs",
     ) -> list[Encoding]:
-        """One encoding per text. `words`: the texts are lists of words.
+        """One encoding per text. `words`: the texts are lists of words; `special`: with special tokens.
 
         Raises `InvalidRequest` for a text that is longer than the model takes and may not be cut; not so
         with `limited` false, for a task that cuts the encodings itself.
         """
         if not self.is_fast:
-            encodings = [self._encode_slow(text, truncation, words) for text in texts]
+            encodings = [self._encode_slow(text, truncation, words, special) for text in texts]
         else:
-            encodings = self._plain.encode_batch(list(texts), is_pretokenized=words)
+            encodings = self._plain.encode_batch(
+                list(texts), is_pretokenized=words, add_special_tokens=special
+            )
             if truncation is not None:
                 for index, encoding in enumerate(encodings):
                     if len(encoding.ids) > truncation.max_length:
                         encodings[index] = self._encode_cut(
-                            texts[index], truncation, words, f"{where}[{index}]"
+                            texts[index], truncation, words, special, f"{where}[{index}]"
                         )
         for index, encoding in enumerate(encodings):
-            self._check_length(len(encoding.ids), f"{where}[{index}]", limited)
+            self.check_length(len(encoding.ids), f"{where}[{index}]", limited=limited)
         return encodings
 
     def encode_as_fits(self, texts: Sequence[str]) -> list[Encoding]:
@@ -121,7 +124,8 @@ class Encoder:
         """How many special tokens a text or a pair gets."""
         return int(self.tokenizer.num_special_tokens_to_add(pair=pair))
 
-    def _check_length(self, length: int, where: str, limited: bool) -> None:
+    def check_length(self, length: int, where: str, *, limited: bool = True) -> None:
+        """Raises `InvalidRequest` for a text without tokens, or with more than the model takes."""
         if length < 1:
             raise InvalidRequest(f"a text without tokens, expected at least one @ {where}")
         if limited and length > self.max_tokens:
@@ -130,7 +134,9 @@ class Encoder:
                 f"parameter truncation=true @ {where}"
             )
 
-    def _encode_cut(self, text: TextOrPair, truncation: Truncation, words: bool, where: str) -> Encoding:
+    def _encode_cut(
+        self, text: TextOrPair, truncation: Truncation, words: bool, special: bool, where: str
+    ) -> Encoding:
         with self._lock:
             if self._cutting is None:
                 self._cutting = copy.deepcopy(self._plain)
@@ -141,7 +147,9 @@ class Encoder:
                     strategy=truncation.strategy,
                     direction=self.tokenizer.truncation_side,
                 )
-                encoding: Encoding = self._cutting.encode_batch([text], is_pretokenized=words)[0]
+                encoding: Encoding = self._cutting.encode_batch(
+                    [text], is_pretokenized=words, add_special_tokens=special
+                )[0]
             except BaseException as error:  # a panic of Rust is no Exception
                 if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                     raise
@@ -155,11 +163,13 @@ class Encoder:
             )
         return encoding
 
-    def _encode_slow(self, text: TextOrPair, truncation: Truncation | None, words: bool) -> Encoding:
+    def _encode_slow(
+        self, text: TextOrPair, truncation: Truncation | None, words: bool, special: bool
+    ) -> Encoding:
         first, second = text if isinstance(text, tuple) else (text, None)
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"add_special_tokens": special}
         if truncation is not None:
-            options = {"truncation": truncation.strategy, "max_length": truncation.max_length}
+            options |= {"truncation": truncation.strategy, "max_length": truncation.max_length}
         with self._lock:
             encoded = self.tokenizer(
                 first, second, is_split_into_words=words, return_special_tokens_mask=True, **options

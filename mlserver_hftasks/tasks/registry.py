@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib import import_module
 from typing import Any
 
@@ -13,25 +14,33 @@ TASKS: dict[str, str] = {
     "fill-mask": "fill_mask.FillMask",
     "question-answering": "question_answering.QuestionAnswering",
     "sentence-embedding": "sentence_embedding.SentenceEmbedding",
+    "summarization": "summarization.Summarization",
+    "text2text-generation": "text2text_generation.Text2TextGeneration",
     "text-classification": "text_classification.TextClassification",
+    "text-generation": "text_generation.TextGeneration",
     "text-ranking": "text_ranking.TextRanking",
     "token-classification": "token_classification.TokenClassification",
+    "translation": "translation.Translation",
     "zero-shot-classification": "zero_shot_classification.ZeroShotClassification",
 }
 
 ALIASES: dict[str, str] = {
     "sentiment-analysis": "text-classification",
     "ner": "token-classification",
+    "conversational": "text-generation",
     "sentence-similarity": "sentence-embedding",
     "embedding": "sentence-embedding",
     "reranking": "text-ranking",
 }
 """Other names of tasks, those of transformers first."""
 
+TRANSLATION = re.compile("translation_.+_to_.+")
+"""A translation's name may say from which language to which."""
+
 
 def canonical_name(name: str) -> str:
     """The task's own name. Raises `InvalidSettings` naming the nearest task."""
-    name = ALIASES.get(name, name)
+    name = "translation" if TRANSLATION.fullmatch(name) else ALIASES.get(name, name)
     if name not in TASKS:
         raise InvalidSettings(f"unknown task '{name}', {did_you_mean(name, [*TASKS, *ALIASES])} @ task")
     return name

@@ -27,6 +27,22 @@ SLOW: dict[str, Any] = {
     "intermediate_size": 1024,
 }
 """A model whose rows take a hundred times as long as a tiny model's."""
+SLOW_TALKER: dict[str, Any] = {
+    "hidden_size": 512,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "intermediate_size": 2048,
+}
+"""A model that takes some ten milliseconds per step."""
+SLOW_TALKER_SETTINGS: dict[str, Any] = {
+    "task": "text-generation",
+    "batch_size": 2,
+    "max_queue_rows": 2,
+    "max_new_tokens": 120,
+    "kv_cache_tokens": 200,
+}
 MEDIUM: dict[str, Any] = {
     "hidden_size": 96,
     "num_hidden_layers": 4,
@@ -123,6 +139,7 @@ def few_models(sentiment: Path, slow: Path) -> dict[str, Model]:
         "limited": Model(sentiment, {**task, **LIMITS}),
         "crowded": Model(slow, {**task, "batch_size": 16, "max_queue_rows": CROWDED_ROWS}),
         "narrow": Model(sentiment, {**task, "max_queue_rows": 3}),
+        "talker": Model(tiny.folder("gpt2", "causal"), {"task": "text-generation"}),
         "windowed": Model(sentiment, task, top={"max_batch_size": 32, "max_batch_time": 1.0}),
         "versioned-1": Model(
             tiny.folder("bert", "sequence", LABELS_OF_VERSION["1"]), task, version="1", name="versioned"
@@ -151,5 +168,10 @@ def all_models(sentiment: Path, slow: Path) -> dict[str, Model]:
         "answers": Model(tiny.folder("bert", "qa", **MEDIUM), {"task": "question-answering"}),
         "features": Model(tiny.folder("bert", "base"), {"task": "feature-extraction"}),
         "embeddings": Model(tiny.folder("bert", "base"), {"task": "sentence-embedding"}),
+        "chatter": Model(
+            tiny.folder("llama", "causal"),
+            {"task": "text-generation", "pretrained_tokenizer": str(tiny.chat_tokenizer("llama"))},
+        ),
+        "slow-talker": Model(tiny.folder("llama", "causal", **SLOW_TALKER), SLOW_TALKER_SETTINGS),
         "ranking": Model(tiny.folder("bert", "sequence", ("relevance",)), {"task": "text-ranking"}),
     }

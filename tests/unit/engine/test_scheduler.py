@@ -294,7 +294,7 @@ def test_no_key_starves_another(padded: bool) -> None:
 
 
 def test_short_jobs_wait_little_while_a_bulk_job_runs(padded: bool) -> None:
-    """The figure to reach: under two batch times, and the time that it takes on an idle device.
+    """What long jobs fill up for a short one is half a batch.
 
     The short jobs bring half of what the device can carry, so the bulk job takes twice as long as alone.
     """
@@ -307,7 +307,8 @@ def test_short_jobs_wait_little_while_a_bulk_job_runs(padded: bool) -> None:
     during = [job for job in device.jobs[1:] if job.enqueued_at < device.done_at[bulk]]
     assert len(during) >= 300
     waits = [device.done_at[job] - job.enqueued_at for job in during]
-    assert np.quantile(waits, 0.95) <= 2 * longest_batch + OVERHEAD_S + 60 * PER_TOKEN_S
+    assert np.quantile(waits, 0.95) <= 1.5 * longest_batch  # 1.7 and 1.8 if bulk filled every batch up
+    assert device.done_at[bulk] <= 33  # 31 and 33 then: the bulk job pays little for it
 
 
 def test_packed_batches_are_filled_with_what_fits() -> None:

@@ -1,0 +1,294 @@
+"""`model.generate()` over batches of rows: whatever a model can generate, with equal parameters in a batch.
+
+Encoders with a decoder (BART, T5, Marian, M2M100) run here, and of decoder-only models what continuous
+batching does not take, such as beam search. The batch runs until its last row is done. Each row keeps its
+own seed, its own limits and its own deadline (`steering`), and gets what it would get alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import threading
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.logits_process import NoRepeatNGramLogitsProcessor
+from transformers.modeling_outputs import BaseModelOutput
+
+from mlserver_hftasks.backends.base import Description
+from mlserver_hftasks.backends.steering import WARPERS, Decode, Draw, Processor, Unpadded, Watch, warpers_of
+from mlserver_hftasks.engine.rows import Decoding, FloatArray, IntArray, Outputs, Row
+from mlserver_hftasks.engine.sequences import FinishReason
+
+FINISH_REASONS = tuple(FinishReason)
+"""The output `finish` holds indices into it."""
+LENGTHS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens")
+OF_BEAMS = ("early_stopping", "length_penalty")
+"""Settings that mean nothing without beams."""
+PROBE = Decoding(max_new_tokens=8)
+"""How far a row is continued that does not say: those of the warm-up."""
+
+_process_generator = threading.Lock()
+"""Held by who draws from torch's own random generators, of which a process has one per device."""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateKey:
+    """Rows with equal keys may share one call of `generate()`; their seeds and limits are in `decoding`."""
+
+    arguments: tuple[tuple[str, Hashable], ...] = ()
+    """Of `GenerationConfig`, sorted by name; lists are tuples."""
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer; it holds the one that did."""
+    logprobs: bool = False
+    company: Hashable = None
+    """Keeps apart what would hold one another up, such as rows of very different limits."""
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any], **others: Any) -> GenerateKey:
+        """The key of a call with those arguments."""
+        return cls(tuple((name, _frozen(arguments[name])) for name in sorted(arguments)), **others)
+
+
+class GenerateBackend:
+    """Runs rows through `generate()`; see `base.Backend`.
+
+    Outputs per row, k answers each: `sequences` [k, longest] of int64, the new tokens, filled up with the
+    padding token; `lengths` and `finish` [k] of int64, the latter an index into `FINISH_REASONS`; where the
+    key asks for them `logprobs` [k, longest] of float32, what the model itself makes of each token.
+
+    `model` is this backend's own: its `generation_config` and cache settings change.
+    """
+
+    padded = True
+
+    def __init__(
+        self, model: PreTrainedModel, *, device: torch.device, pad_token_id: int, decode: Decode
+    ) -> None:
+        self._model = model.eval().requires_grad_(False).to(device)
+        self._device = device
+        self._decode = decode
+        self._follows_encoder = bool(model.config.is_encoder_decoder)
+        self._defaults = _without_lengths(model.generation_config)
+        if self._defaults.pad_token_id is None:
+            self._defaults.pad_token_id = pad_token_id
+        model.generation_config = GenerationConfig()  # each call brings its own, complete
+        self.description = Description(
+            "generate", str(device), str(model.dtype).removeprefix("torch."), "padded"
+        )
+
+    def forward(self, rows: Sequence[Row]) -> Sequence[Outputs]:
+        """See `base.Backend`."""
+        key = rows[0].key if isinstance(rows[0].key, GenerateKey) else GenerateKey()
+        config = self._config(key)
+        outputs: dict[int, Outputs] = {}
+        for part in _parts(rows, config):
+            made = self._generate([rows[index] for index in part], key, copy.copy(config))
+            outputs.update(zip(part, made, strict=True))
+        return [outputs[index] for index in range(len(rows))]
+
+    def close(self) -> None:
+        """See `base.Backend`."""
+        del self._model
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    # -- one call of generate() ------------------------------------------------------------------
+
+    def _generate(self, rows: Sequence[Row], key: GenerateKey, config: GenerationConfig) -> list[Outputs]:
+        decodings = [_decoding(row) for row in rows]
+        inputs, padding = self._collate(rows)
+        prompt_tokens = 1 if self._follows_encoder else inputs["input_ids"].shape[1]
+        most = max(decoding.max_new_tokens for decoding in decodings)
+        least = min(decodings[0].min_new_tokens, most)
+        config.max_length = prompt_tokens + most
+        config.min_length = prompt_tokens + least if least else 0
+        answers, beams = config.num_return_sequences or 1, _beams(config) > 1
+        watch = Watch(decodings, prompt_tokens, _token_ids(config.eos_token_id), key.stop, self._decode)
+        with torch.inference_mode(), self._drawing(config, decodings):
+            made = self._model.generate(
+                **(inputs if beams else self._repeated(inputs, answers)),
+                logits_processor=self._taken_over(config, decodings, padding),
+                generation_config=config,
+                stopping_criteria=[watch],
+            )
+        found = _new_tokens(made, prompt_tokens, watch)
+        parts = [found[start : start + answers] for start in range(0, len(found), answers)]
+        return [self._outputs(row, parts[index], index, watch, key) for index, row in enumerate(rows)]
+
+    def _taken_over(
+        self, config: GenerationConfig, decodings: Sequence[Decoding], padding: Sequence[int]
+    ) -> list[Processor]:
+        """What does row by row what `generate()` would do otherwise; `config` asks it no longer."""
+        made: list[Processor] = []
+        if any(padding) and config.no_repeat_ngram_size:
+            made.append(Unpadded(NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size), padding))
+            config.no_repeat_ngram_size = 0
+        if config.do_sample and _beams(config) == 1:
+            seeds = [decoding.seed for decoding in decodings]
+            made.append(Draw(warpers_of(config, self._device), seeds, self._device))
+            config.do_sample = False
+            for name, _, _ in WARPERS:
+                setattr(config, name, None)
+        if _beams(config) == 1:
+            config.num_return_sequences = 1  # the inputs are repeated
+        return made
+
+    def _drawing(
+        self, config: GenerationConfig, decodings: Sequence[Decoding]
+    ) -> AbstractContextManager[None]:
+        beams_draw = config.do_sample and _beams(config) > 1
+        return _drawing_from(decodings[0].seed) if beams_draw else nullcontext()
+
+    def _config(self, key: GenerateKey) -> GenerationConfig:
+        config = copy.deepcopy(self._defaults)
+        for name, value in key.arguments:
+            setattr(config, name, _thawed(value))
+        unused = [] if config.do_sample else [*(name for name, _, _ in WARPERS), "eta_cutoff"]
+        unused += OF_BEAMS if _beams(config) == 1 else ()
+        for name in unused:  # of which generate() would complain
+            setattr(config, name, None)
+        if not self._follows_encoder:
+            config.forced_bos_token_id = None  # the first token is the prompt's
+        config.return_dict_in_generate, config.output_scores = True, False
+        return config
+
+    def _collate(self, rows: Sequence[Row]) -> tuple[dict[str, torch.Tensor], list[int]]:
+        """Tensors [n, longest] with their attention mask, and the padding before each row.
+
+        A decoder's prompt is padded on the left, since new tokens follow on the right.
+        """
+        lengths = [len(row.arrays["input_ids"]) for row in rows]
+        longest = max(lengths)
+        ids = np.full((len(rows), longest), self._defaults.pad_token_id, dtype=np.int64)
+        mask = np.zeros((len(rows), longest), dtype=np.int64)
+        for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            where = slice(length) if self._follows_encoder else slice(longest - length, longest)
+            ids[index, where] = row.arrays["input_ids"]
+            mask[index, where] = 1
+        arrays = {"input_ids": ids, "attention_mask": mask}
+        before = [0 if self._follows_encoder else longest - length for length in lengths]
+        return {name: torch.from_numpy(array).to(self._device) for name, array in arrays.items()}, before
+
+    def _repeated(self, inputs: dict[str, torch.Tensor], times: int) -> dict[str, Any]:
+        """The inputs, each row so many times; what the encoder makes of it is computed once."""
+        if times == 1:
+            return inputs
+        repeated: dict[str, Any] = {
+            name: tensor.repeat_interleave(times, dim=0) for name, tensor in inputs.items()
+        }
+        if self._follows_encoder:
+            hidden = self._model.get_encoder()(**inputs).last_hidden_state
+            repeated["encoder_outputs"] = BaseModelOutput(hidden.repeat_interleave(times, dim=0))
+            del repeated["input_ids"]
+        return repeated
+
+    # -- what came of it -------------------------------------------------------------------------
+
+    def _outputs(
+        self, row: Row, answers: Sequence[list[int]], index: int, watch: Watch, key: GenerateKey
+    ) -> Outputs:
+        sequences = np.full(
+            (len(answers), max(map(len, answers))), self._defaults.pad_token_id, dtype=np.int64
+        )
+        for place, tokens in enumerate(answers):
+            sequences[place, : len(tokens)] = tokens
+        reasons = [FINISH_REASONS.index(watch.reason(index, tokens)) for tokens in answers]
+        outputs = {
+            "sequences": sequences,
+            "lengths": np.array([len(tokens) for tokens in answers], dtype=np.int64),
+            "finish": np.array(reasons, dtype=np.int64),
+        }
+        return {**outputs, "logprobs": self._logprobs(row, sequences)} if key.logprobs else outputs
+
+    def _logprobs(self, row: Row, sequences: IntArray) -> FloatArray:
+        """Of each new token given those before it, in one pass: [k, longest]."""
+        prompt = torch.from_numpy(row.arrays["input_ids"]).expand(len(sequences), -1).to(self._device)
+        new = torch.from_numpy(sequences).to(self._device)
+        with torch.inference_mode():
+            if self._follows_encoder:
+                start = new.new_full((len(new), 1), self._defaults.decoder_start_token_id)
+                fed = torch.cat((start, new[:, :-1]), dim=1)
+                logits = self._model(input_ids=prompt, decoder_input_ids=fed, use_cache=False).logits
+            else:
+                fed = torch.cat((prompt, new[:, :-1]), dim=1)
+                logits = self._model(input_ids=fed, use_cache=False).logits[:, -new.shape[1] :]
+            chosen = logits.float().log_softmax(dim=-1).gather(2, new[:, :, None])[:, :, 0]
+        found: FloatArray = chosen.cpu().numpy()
+        return found
+
+
+def with_shared_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """A second model over the same tensors, whose config and attention may be set otherwise."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    twin: PreTrainedModel = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    return twin
+
+
+def _parts(rows: Sequence[Row], config: GenerationConfig) -> Iterator[list[int]]:
+    """Indices of rows that share a call: `generate()` has one least length, and one greatest for what looks
+    ahead to the end. Beams that draw share with nobody, since they draw from torch's own generator."""
+    parts: dict[Hashable, list[int]] = {}
+    beams = _beams(config) > 1
+    for index, row in enumerate(rows):
+        decoding = _decoding(row)
+        ahead = decoding.max_new_tokens if beams or config.forced_eos_token_id is not None else None
+        alone = index if beams and config.do_sample else None
+        parts.setdefault((decoding.min_new_tokens, ahead, alone), []).append(index)
+    yield from parts.values()
+
+
+def _new_tokens(made: Any, prompt_tokens: int, watch: Watch) -> list[list[int]]:
+    """The new tokens of each sequence, up to where it ended."""
+    sequences: list[list[int]] = made.sequences[:, prompt_tokens:].tolist()
+    if "beam_indices" not in made:
+        return [watch.kept(index, tokens) for index, tokens in enumerate(sequences)]
+    counts = (made.beam_indices >= 0).sum(dim=1).tolist()
+    return [tokens[:count] for tokens, count in zip(sequences, counts, strict=True)]
+
+
+@contextmanager
+def _drawing_from(seed: int | None) -> Iterator[None]:
+    """torch's own generators begin at the seed, and are afterwards where they were."""
+    with _process_generator, torch.random.fork_rng():
+        if seed is not None:
+            torch.manual_seed(seed)
+        else:
+            torch.seed()
+        yield
+
+
+def _decoding(row: Row) -> Decoding:
+    return PROBE if row.decoding is None else row.decoding
+
+
+def _beams(config: GenerationConfig) -> int:
+    return config.num_beams or 1
+
+
+def _token_ids(value: int | Sequence[int] | None) -> frozenset[int]:
+    if value is None:
+        return frozenset()
+    return frozenset([value] if isinstance(value, int) else value)
+
+
+def _without_lengths(config: GenerationConfig) -> GenerationConfig:
+    made = copy.deepcopy(config)
+    for name in LENGTHS:
+        setattr(made, name, None)
+    return made
+
+
+def _frozen(value: Any) -> Hashable:
+    frozen: Hashable = tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
+    return frozen
+
+
+def _thawed(value: Any) -> Any:
+    return [_thawed(each) for each in value] if isinstance(value, tuple) else value
