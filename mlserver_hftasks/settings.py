@@ -65,7 +65,29 @@ class Settings(BaseModel):
         default_factory=dict, description="further arguments of `from_pretrained`"
     )
     framework: Literal["pt"] | None = Field(None, description='"pt"; TensorFlow is gone from transformers')
-    optimum_model: bool = Field(False, description="ONNX Runtime; refused until its backend exists")
+    backend: Annotated[
+        Literal["torch", "onnx", "openvino", "export", "torchscript"] | None,
+        BeforeValidator(_none_from_string),
+    ] = Field(None, description="what runs the model; the program's own if the folder holds one, else torch")
+    optimum_model: bool = Field(
+        False, description='as in mlserver_huggingface; the same as `backend: "onnx"`'
+    )
+    quantization: Annotated[
+        Literal["none", "int8", "int8-static"] | None, BeforeValidator(_none_from_string)
+    ] = Field(None, description="int8: scales per token at run time; int8-static: calibrated before")
+    file_name: Annotated[str | None, BeforeValidator(_none_from_string)] = Field(
+        None, description="the program's file in the model's folder: `model_quantized.onnx`, `model.pt`"
+    )
+    provider: Annotated[
+        Literal["CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"] | None,
+        BeforeValidator(_none_from_string),
+    ] = Field(None, description="ONNX Runtime's execution provider; else that of the device")
+    provider_options: Annotated[dict[str, str | int | bool], Json] = Field(
+        default_factory=dict, description="its options, those of a checked list"
+    )
+    program_cache: Annotated[str | None, BeforeValidator(_none_from_string)] = Field(
+        None, description="folder of exported programs; else one in the user's cache"
+    )
     device: Annotated[int | str | None, BeforeValidator(_integer_from_string)] = Field(
         None, description='-1, "cpu", 0, "cuda:1", "mps"; null is the CPU'
     )
@@ -169,6 +191,19 @@ class Settings(BaseModel):
         if values.get("mode", "explain") != "explain":
             raise ValueError('infer_uri beside the mode "infer", expected "mode": "explain"')
         return {**values, "mode": "explain"}
+
+    @model_validator(mode="after")
+    def _one_backend(self) -> Settings:
+        if self.optimum_model and self.backend not in (None, "onnx"):
+            raise ValueError(
+                f'got optimum_model and the backend "{self.backend}", expected "onnx" or no backend'
+            )
+        return self
+
+    @property
+    def chosen_backend(self) -> str | None:
+        """The backend that the settings name; None leaves it to the model's folder."""
+        return "onnx" if self.optimum_model else self.backend
 
     @model_validator(mode="after")
     def _suffix_fits(self) -> Settings:

@@ -1,28 +1,31 @@
-"""Puts together what answers the requests of one model."""
+"""Puts together what answers the requests of one model.
+
+What only torch runs is imported only for it: a folder with a program is ready before torch is imported.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import cast
 
+from mlserver_hftasks.backends.program import ProgramBackend
 from mlserver_hftasks.engine.batcher import Batcher
 from mlserver_hftasks.engine.cost import CostModel
 from mlserver_hftasks.engine.generator import Generator
 from mlserver_hftasks.engine.scheduler import Scheduler
 from mlserver_hftasks.engine.steps import StepScheduler
 from mlserver_hftasks.explain.black_box import SIGNATURE, BlackBoxExplainer
-from mlserver_hftasks.explain.explainer import Explainer, ExplainLimits
 from mlserver_hftasks.explain.remote import RemoteModel
 from mlserver_hftasks.loading import Served
 from mlserver_hftasks.metrics import ModelMetrics
 from mlserver_hftasks.runtime.configuration import limits_of, step_limits_of
 from mlserver_hftasks.runtime.explaining import AnsweringService, Explaining, Explains
-from mlserver_hftasks.runtime.generation import GenerationService
+from mlserver_hftasks.runtime.late import LateExplainer
 from mlserver_hftasks.runtime.service import RowService, Service
 from mlserver_hftasks.settings import Settings
 from mlserver_hftasks.tasks.base import ItemLimits
 from mlserver_hftasks.tasks.signature import Signature
-from mlserver_hftasks.tasks.text_generation import TextGeneration
 
 
 def answering(
@@ -45,14 +48,9 @@ def answering(
         observe_queue=metrics.queued,
         name=name,
     )
-    explainer = Explainer(
-        served.task,
-        served.backend,
-        batcher,
-        limits=ExplainLimits(settings.max_queue_explanations),
-        on_thread_start=on_thread_start,
-        name=f"{name}-explain",
-    )
+    make = partial(_explainer, name, settings, served, batcher, on_thread_start)
+    late = isinstance(served.backend, ProgramBackend)
+    explainer = LateExplainer(served.task.name, make) if late else make()
     explaining = _explaining(explainer, served.task.signature, settings, metrics)
     predictions = _predictions(name, settings, served, batcher, metrics, on_thread_start)
     return AnsweringService(predictions, explaining, mode=settings.mode)
@@ -69,6 +67,21 @@ def explaining_another(settings: Settings, infer_uri: str, metrics: ModelMetrics
         max_waiting=settings.max_queue_explanations,
     )
     return AnsweringService(None, _explaining(explainer, SIGNATURE, settings, metrics), mode=settings.mode)
+
+
+def _explainer(
+    name: str, settings: Settings, served: Served, batcher: Batcher, on_thread_start: Callable[[], None]
+) -> Explains:
+    from mlserver_hftasks.explain.explainer import Explainer, ExplainLimits
+
+    return Explainer(
+        served.task,
+        served.backend,
+        batcher,
+        limits=ExplainLimits(settings.max_queue_explanations),
+        on_thread_start=on_thread_start,
+        name=f"{name}-explain",
+    )
 
 
 def _explaining(
@@ -93,6 +106,9 @@ def _predictions(
 ) -> Service:
     if served.decoder is None:
         return RowService(served.task, settings.timeout_ms, batcher)
+    from mlserver_hftasks.runtime.generation import GenerationService
+    from mlserver_hftasks.tasks.text_generation import TextGeneration
+
     limits = step_limits_of(settings, served.decoder.description.device)
     generator = Generator(
         served.decoder,

@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager, suppress
 
 import mlserver
-import torch
 from mlserver.errors import MLServerError
 from mlserver.types import InferenceRequest, InferenceResponse, MetadataModelResponse, Parameters
 
@@ -18,6 +17,7 @@ from mlserver_hftasks.engine.cost import CostModel
 from mlserver_hftasks.engine.warmup import warm_up
 from mlserver_hftasks.errors import ForwardFailed, HFTasksError, Unavailable
 from mlserver_hftasks.loading import Served, load, memory, probe_rows
+from mlserver_hftasks.loading.threads import set_torch_threads
 from mlserver_hftasks.metrics import ModelMetrics
 from mlserver_hftasks.runtime.assembly import answering, explaining_another
 from mlserver_hftasks.runtime.configuration import settings_of, take_over_batching
@@ -69,7 +69,7 @@ class HFTasksRuntime(mlserver.MLModel):
             served = await asyncio.to_thread(_load, settings, cost)
         except HFTasksError as error:
             raise as_mlserver_error(error) from None
-        threads = functools.partial(_set_threads, settings)
+        threads = functools.partial(set_torch_threads, settings)
         self._served = served
         self._service = answering(self.name, settings, served, cost, self._metrics, threads)
         self._log_loaded(served, cost)
@@ -184,7 +184,6 @@ class HFTasksRuntime(mlserver.MLModel):
 def _load(settings: Settings, cost: CostModel) -> Served:
     with _loading:
         memory.manage()
-        _set_threads(settings)
         served = load(settings)
         if settings.warmup and served.decoder is None:  # a decoder's probe has warmed it up
             rows_of = functools.partial(probe_rows, served.task.model.encoder)
@@ -194,16 +193,3 @@ def _load(settings: Settings, cost: CostModel) -> Served:
                 warm_up(served.backend, served.backend.padded, cost, rows_of)
         memory.settle()
     return served
-
-
-def _set_threads(settings: Settings) -> None:
-    """Threads of torch's operators for the calling thread, and once per process between operators."""
-    if settings.intra_op_threads is not None:
-        torch.set_num_threads(settings.intra_op_threads)
-    if settings.inter_op_threads is not None and torch.get_num_interop_threads() != settings.inter_op_threads:
-        try:
-            torch.set_num_interop_threads(settings.inter_op_threads)
-        except RuntimeError:
-            logger.warning(
-                "inter_op_threads is set once per process; it stays %d", torch.get_num_interop_threads()
-            )
