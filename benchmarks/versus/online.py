@@ -238,12 +238,13 @@ def _equality(shape: Shape, systems: Mapping[str, System], runs: Runs) -> Figure
         ]
         return max(found, default=math.nan)
 
+    faults = sum(run.faults for each in runs.values() for run in each)
     return Figure(
         f"largest difference of ours fp32 from the incumbent's scores ({shape.name})",
         Spread.of([worst("float32")]),
         at_most=TOLERANCE,
         detail=f"bf16 {number(worst('bfloat16'))}, int8 {number(worst('int8'))} (inf: another label); "
-        f"all systems: {sum(run.faults for each in runs.values() for run in each)} requests without their own answer",
+        f"all systems: {faults} requests without their own answer",
     )
 
 

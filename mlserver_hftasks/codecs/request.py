@@ -51,7 +51,7 @@ class Names:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class Wish:
     """What a request says of explanations; None where it says nothing."""
 
     mode: str | None
@@ -99,12 +99,12 @@ def decode_request(request: InferenceRequest, names: Names) -> Call:
     return Call(inputs, parameters, scalar, outputs)
 
 
-def split_request(request: InferenceRequest) -> tuple[InferenceRequest, Asked]:
+def split_request(request: InferenceRequest) -> tuple[InferenceRequest, Wish]:
     """The request without what it says of explanations, and that. Raises `InvalidRequest`."""
     extra = dict((request.parameters.model_extra if request.parameters else None) or {})
     tensors = [tensor for tensor in request.inputs if tensor.name == EXPLAIN]
     if not tensors and not {MODE, EXPLAIN} & set(extra):
-        return request, Asked(None, None)
+        return request, Wish(None, None)
     mode, options = extra.pop(MODE, None), extra.pop(EXPLAIN, None)
     if mode not in (None, INFER, EXPLAIN):
         raise InvalidRequest(f"got {mode!r:.40}, expected {INFER} or {EXPLAIN} @ {MODE}")
@@ -116,7 +116,7 @@ def split_request(request: InferenceRequest) -> tuple[InferenceRequest, Asked]:
             "inputs": [tensor for tensor in request.inputs if tensor.name != EXPLAIN],
         }
     )
-    return rest, Asked(mode, options)
+    return rest, Wish(mode, options)
 
 
 def _protocol_fields(parameters: Parameters) -> dict[str, Any]:

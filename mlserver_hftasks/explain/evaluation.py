@@ -13,8 +13,17 @@ from mlserver_hftasks.explain.methods.base import Estimate
 Wanted = TypeVar("Wanted")
 Known = TypeVar("Known")
 
+INLINE_NUMBERS = 512
+"""Scores x features with which a step of a method takes less than a millisecond."""
+
 Run = Callable[[Sequence[Row], float], Awaitable[list[Outputs]]]
 """An engine: rows, and when the explanation that they belong to began."""
+
+
+SECONDS_PER_RANK = 1e-3
+"""What is less important counts as having come so much later: so all items get their most important first."""
+FIRST_ROWS, NEXT_ROWS = 2, 16
+"""Rows that are ready together or not at all, where time may be short."""
 
 
 class Clock:
@@ -36,25 +45,58 @@ class Clock:
             return list(await run(rows, self.began))
         if left <= 0:
             return [None] * len(rows)
-        tasks = [asyncio.ensure_future(run([row], self.began)) for row in rows]
+        parts = _parts(len(rows))
+        tasks = [
+            asyncio.ensure_future(run(rows[start:end], self.began + start * SECONDS_PER_RANK))
+            for start, end in parts
+        ]
         try:
             done, _ = await asyncio.wait(tasks, timeout=left)
-            return [task.result()[0] if task in done else None for task in tasks]
+            return [
+                output
+                for task, (start, end) in zip(tasks, parts, strict=True)
+                for output in (task.result() if task in done else [None] * (end - start))
+            ]
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
 
+def _parts(count: int) -> list[tuple[int, int]]:
+    """Starts and ends: the first rows, without which there is no estimate, then the others."""
+    starts = [0, *range(FIRST_ROWS, count, NEXT_ROWS)]
+    return list(zip(starts, [*starts[1:], count], strict=True))
+
+
 async def attribute(
     method: Generator[Sequence[Wanted], Sequence[Known | None], Estimate],
     evaluate: Callable[[Sequence[Wanted]], Awaitable[Sequence[Known | None]]],
+    *,
+    numbers: int,
 ) -> Estimate:
-    """The estimate of a method; `evaluate` gives None for what it has no time for."""
+    """The estimate of a method; `evaluate` gives None for what it has no time for.
+
+    A method that thinks about many `numbers` at a time does so on a thread, not on the event loop.
+    """
+    answers: Sequence[Known | None] | None = None
+    while True:
+        if numbers > INLINE_NUMBERS:
+            wanted = await asyncio.to_thread(_step, method, answers)
+        else:
+            wanted = _step(method, answers)
+        if isinstance(wanted, Estimate):
+            return wanted
+        answers = await evaluate(wanted)
+
+
+def _step(
+    method: Generator[Sequence[Wanted], Sequence[Known | None], Estimate],
+    answers: Sequence[Known | None] | None,
+) -> Sequence[Wanted] | Estimate:
+    """What the method wants next, or what it ends with."""
     try:
-        wanted = next(method)
-        while True:
-            wanted = method.send(await evaluate(wanted))
+        return next(method) if answers is None else method.send(answers)
     except StopIteration as end:
         estimate: Estimate = end.value
         return estimate

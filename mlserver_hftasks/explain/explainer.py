@@ -242,7 +242,8 @@ class Explainer:
             return [None if out is None else path.Point(out["score"], out["contribution"]) for out in known]
 
         method = path.METHODS[case.method](_effort(case.options))
-        return await attribute(method, evaluate), name
+        numbers = len(subject.labels) * len(kept)
+        return await attribute(method, evaluate, numbers=numbers), name
 
     async def _by_masking(self, case: _Case) -> tuple[Estimate, str]:
         """By leaving features out, in the background of the predictions."""
@@ -257,7 +258,8 @@ class Explainer:
             return [None if outputs is None else _scores(subject, outputs) for outputs in known]
 
         method = masking.METHODS[case.method](len(tokens.groups), _effort(case.options))
-        estimate = await attribute(method, evaluate)
+        # A permutation of n features is n coalitions of n.
+        estimate = await attribute(method, evaluate, numbers=len(tokens.groups) ** 2)
         return replace(estimate, attributions=tokens.scattered(estimate.attributions)), name
 
 

@@ -51,7 +51,10 @@ class ExplainOptions(CheckedModel):
         0.05, gt=0, le=1, description="converged when the error is below this share of the attributions"
     )
     max_evals: int | None = Field(
-        None, ge=2, le=MOST_EVALUATIONS, description="most evaluations of the model for one text"
+        None,
+        ge=2,
+        le=MOST_EVALUATIONS,
+        description="most evaluations of the model for one text; of integrated gradients never more than 512",
     )
     deadline_ms: float | None = Field(
         None, gt=0, description="answer with what there is after this many milliseconds"

@@ -10,13 +10,16 @@ from functools import partial
 from typing import cast
 
 from mlserver_hftasks.backends.program import ProgramBackend
+from mlserver_hftasks.codecs.request import EXPLAIN
 from mlserver_hftasks.engine.batcher import Batcher
 from mlserver_hftasks.engine.cost import CostModel
 from mlserver_hftasks.engine.generator import Generator
 from mlserver_hftasks.engine.scheduler import Scheduler
 from mlserver_hftasks.engine.steps import StepScheduler
+from mlserver_hftasks.errors import InvalidSettings
 from mlserver_hftasks.explain.black_box import SIGNATURE, BlackBoxExplainer
 from mlserver_hftasks.explain.remote import RemoteModel
+from mlserver_hftasks.explain.targets import TARGETS
 from mlserver_hftasks.loading import Served
 from mlserver_hftasks.metrics import ModelMetrics
 from mlserver_hftasks.runtime.configuration import limits_of, step_limits_of
@@ -38,8 +41,13 @@ def answering(
 ) -> AnsweringService:
     """Predictions of a model that was loaded here, and their explanations.
 
-    Made on the event loop that will await the answers.
+    Made on the event loop that will await the answers. Raises `InvalidSettings`.
     """
+    if settings.mode == EXPLAIN and served.task.name not in TARGETS:
+        raise InvalidSettings(
+            f"got {EXPLAIN}, but of {served.task.name} there is nothing to explain, expected another task "
+            "@ parameters.extra.mode"
+        )
     batcher = Batcher(
         served.backend,
         Scheduler(limits_of(settings), cost, padded=served.backend.padded),

@@ -15,9 +15,9 @@ from mlserver.types import InferenceRequest, ResponseOutput
 
 from mlserver_hftasks.codecs.request import (
     EXPLAIN,
-    Asked,
     Call,
     Names,
+    Wish,
     decode_request,
     size_of,
     split_request,
@@ -145,20 +145,17 @@ class AnsweringService:
 
     async def answer(self, payload: InferenceRequest) -> Reply:
         """The answer to a request. Raises `HFTasksError`."""
-        request, asked = split_request(payload)
-        if (asked.mode or self.mode) == EXPLAIN:
-            return Reply(await self._explaining.answer(request, asked.options, alone=True))
-        if self._predictions is None:
-            raise InvalidRequest("this model only explains, expected the mode explain @ mode")
-        if asked.options is None or asked.options is False:
+        request, wish = self._split(payload)
+        if self._predictions is None or wish.mode == EXPLAIN:
+            return Reply(await self._explaining.answer(request, wish.options, alone=True))
+        if wish.options is None:
             return await self._predictions.answer(request)
-        return await self._both(self._predictions, request, asked)
+        return await self._both(self._predictions, request, wish)
 
     async def stream(self, payload: InferenceRequest) -> AsyncGenerator[Reply, None]:
-        """The answer in pieces; an explanation has one. Raises `HFTasksError`."""
-        request, asked = split_request(payload)
-        explains = (asked.mode or self.mode) == EXPLAIN or asked.options not in (None, False)
-        if explains or self._predictions is None:
+        """The answer in pieces; with an explanation in one. Raises `HFTasksError`."""
+        request, wish = self._split(payload)
+        if self._predictions is None or wish.mode == EXPLAIN or wish.options is not None:
             yield await self.answer(payload)
             return
         async with aclosing(self._predictions.stream(request)) as pieces:
@@ -171,21 +168,29 @@ class AnsweringService:
         if self._predictions is not None:
             await self._predictions.close()
 
-    async def _both(self, predictions: Service, request: InferenceRequest, asked: Asked) -> Reply:
+    def _split(self, payload: InferenceRequest) -> tuple[InferenceRequest, Wish]:
+        """The request, and its wish with the mode that counts."""
+        request, wish = split_request(payload)
+        mode = wish.mode or self.mode
+        if self._predictions is None and mode != EXPLAIN:
+            raise InvalidRequest("this model only explains, expected the mode explain @ mode")
+        options = None if wish.options is False and mode != EXPLAIN else wish.options
+        return request, Wish(mode, options)
+
+    async def _both(self, predictions: Service, request: InferenceRequest, wish: Wish) -> Reply:
         """The prediction, then its explanation; of an output that both have, the prediction's."""
         outputs = request.outputs or []
         predicted = [output for output in outputs if predictions.has_output(output.name)]
         explained = [output for output in outputs if output not in predicted]
-        made: list[ResponseOutput] = []
-        said: Mapping[str, Any] = {}
+        reply = Reply([])
         if predicted or not outputs:
             reply = await predictions.answer(request.model_copy(update={"outputs": predicted}))
-            made, said = [*reply.outputs], reply.parameters
+        made = list(reply.outputs)
         if explained or not outputs:
             wanted = request.model_copy(update={"outputs": explained})
-            made += await self._explaining.answer(wanted, asked.options, alone=False)
+            made += await self._explaining.answer(wanted, wish.options, alone=False)
         places = {output.name: place for place, output in enumerate(outputs)}
-        return Reply(sorted(made, key=lambda output: places.get(output.name, 0)), said)
+        return Reply(sorted(made, key=lambda output: places.get(output.name, 0)), reply.parameters)
 
 
 def _report(explanations: Sequence[Explanation], seconds: float) -> ExplainReport:

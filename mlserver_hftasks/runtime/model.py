@@ -67,11 +67,11 @@ class HFTasksRuntime(mlserver.MLModel):
             return True
         try:
             served = await asyncio.to_thread(_load, settings, cost)
+            threads = functools.partial(set_torch_threads, settings)
+            self._service = answering(self.name, settings, served, cost, self._metrics, threads)
         except HFTasksError as error:
             raise as_mlserver_error(error) from None
-        threads = functools.partial(set_torch_threads, settings)
         self._served = served
-        self._service = answering(self.name, settings, served, cost, self._metrics, threads)
         self._log_loaded(served, cost)
         return True
 

@@ -14,6 +14,7 @@ import pytest
 
 from mlserver_hftasks.client import explain, read
 from mlserver_hftasks.explain.tensors import OUTPUTS
+from tests import tiny
 from tests.server.grpc_client import GrpcClient, unpacked
 from tests.server.process import Model, Server
 from tests.server.v2 import assert_same, at_once, tensor, texts
@@ -392,6 +393,13 @@ def test_another_server_that_is_not_there(server: Server, sentiment_folder: Path
     predicts = Model(sentiment_folder, extra)
     with server.having("why-both", predicts) as loaded:
         assert '"mode": "explain"' in json.loads(loaded.text)["error"]
+
+
+def test_a_mode_that_there_is_not(server: Server) -> None:
+    extra = {"task": "feature-extraction", "mode": "explain"}
+    with server.having("why-features", Model(tiny.folder("bert", "base"), extra)) as loaded:
+        assert loaded.status_code == 422
+        assert "nothing to explain" in loaded.text
 
 
 def test_options_in_the_settings_are_checked(server: Server, sentiment_folder: Path) -> None:

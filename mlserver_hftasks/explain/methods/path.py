@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlserver_hftasks.engine.rows import FloatArray
+from mlserver_hftasks.engine.rows import FloatArray, IntArray
 from mlserver_hftasks.explain.methods.base import Effort, Estimate, size, too_late
 
 
@@ -38,6 +38,8 @@ NARROWEST = 2.0**-16
 """No interval is halved below this: points closer than that are nearly the same in float32."""
 FINE, COARSE = 6, 4
 """How many of the nearest points an interval is integrated by, and by how many to see how well."""
+MOST_EVALS = 512
+"""No client gets more: what a rule of so many points costs by itself would be felt."""
 FIXED_STEPS = 50
 
 
@@ -48,7 +50,7 @@ def adaptive(effort: Effort) -> PathMethod:
     `FINE` points. An interval is in doubt as far as that differs, token by token, from what fewer points
     say, or as its sum differs from that of the scores; those most in doubt are halved.
     """
-    most = effort.max_evals or MAX_EVALS
+    most = min(effort.max_evals or MAX_EVALS, MOST_EVALS)
     known: Known = {}
     complete = yield from _learn(known, START[:most])
     while complete:
@@ -84,47 +86,59 @@ def _interpolated(known: Known, effort: Effort) -> Estimate:
 def _integrate(known: Known) -> tuple[FloatArray, FloatArray]:
     """The integral over the path, [K, features], and the doubts about each interval, [intervals, K]."""
     alphas = tuple(sorted(known))
-    fine, coarse = _weights(alphas)
     contributions = np.stack([known[alpha].contribution for alpha in alphas])
     scores = np.stack([known[alpha].score for alpha in alphas])
-    pieces = np.tensordot(fine, contributions, axes=1)
-    differences = np.abs(np.tensordot(fine - coarse, contributions, axes=1)).sum(axis=2)
+    pieces, coarsely = (rule(contributions) for rule in _rules(alphas))
+    differences = np.abs(pieces - coarsely).sum(axis=2)
     missed = np.abs(pieces.sum(axis=2) - np.diff(scores, axis=0))
     return pieces.sum(axis=0), np.maximum(differences, missed)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Rule:
+    """How the values at some points make the integral over each interval between them."""
+
+    points: IntArray
+    """[intervals, count], the points of the polynomial."""
+    weights: FloatArray
+    """[intervals, count]"""
+
+    @classmethod
+    def through(cls, alphas: FloatArray, count: int) -> _Rule:
+        """Integrates the polynomial through the nearest `count` points.
+
+        The weights solve the moment equations on each interval, mapped to [-1, 1], all at once.
+        """
+        intervals = np.arange(len(alphas) - 1)
+        first = np.clip(intervals - (count - 2) // 2, 0, len(alphas) - count)
+        points = first[:, None] + np.arange(count)
+        middle, half = (alphas[1:] + alphas[:-1]) / 2, np.diff(alphas) / 2
+        local = (alphas[points] - middle[:, None]) / half[:, None]
+        powers = np.arange(count)
+        moments = np.where(powers % 2, 0.0, 2.0 / (powers + 1))[:, None]
+        solved = np.linalg.solve(local[:, None, :] ** powers[:, None], np.tile(moments, (len(local), 1, 1)))
+        return cls(points, (solved[..., 0] * half[:, None]).astype(np.float32))
+
+    def __call__(self, values: FloatArray) -> FloatArray:
+        """[points, K, features] -> [intervals, K, features]."""
+        pieces = np.zeros((len(self.points), *values.shape[1:]), dtype=np.float32)
+        for points, weights in zip(self.points.T, self.weights.T, strict=True):
+            pieces += weights[:, None, None] * values[points]
+        return pieces
+
+
 @functools.lru_cache(maxsize=256)
-def _weights(alphas: tuple[float, ...]) -> tuple[FloatArray, FloatArray]:
-    """Of each point in the integral over each interval, both [intervals, points]: finely and coarsely."""
-    points = np.array(alphas)
-    fine = min(FINE, len(points))
-    return _interpolatory(points, fine), _interpolatory(points, max(min(COARSE, fine - 1), 1))
-
-
-def _interpolatory(points: FloatArray, count: int) -> FloatArray:
-    """Weights that integrate the polynomial through the nearest `count` points: [intervals, points].
-
-    They solve the moment equations on each interval, mapped to [-1, 1], all at once.
-    """
-    intervals = np.arange(len(points) - 1)
-    first = np.clip(intervals - (count - 2) // 2, 0, len(points) - count)
-    nearest = first[:, None] + np.arange(count)
-    middle, half = (points[1:] + points[:-1]) / 2, np.diff(points) / 2
-    local = (points[nearest] - middle[:, None]) / half[:, None]
-    powers = np.arange(count)
-    moments = np.where(powers % 2, 0.0, 2.0 / (powers + 1))
-    solved = np.linalg.solve(
-        local[:, None, :] ** powers[:, None], np.tile(moments[:, None], (len(local), 1, 1))
-    )
-    weights = np.zeros((len(local), len(points)))
-    weights[intervals[:, None], nearest] = solved[..., 0] * half[:, None]
-    return weights.astype(np.float32)
+def _rules(alphas: tuple[float, ...]) -> tuple[_Rule, _Rule]:
+    """A fine one, and one to see how well that does."""
+    fine = min(FINE, len(alphas))
+    coarse = max(min(COARSE, fine - 1), 1)
+    return _Rule.through(np.array(alphas), fine), _Rule.through(np.array(alphas), coarse)
 
 
 def fixed(effort: Effort) -> PathMethod:
     """Integrated gradients by the Gauss-Legendre rule, as captum computes them."""
-    steps = FIXED_STEPS if effort.max_evals is None else max(effort.max_evals - 2, 1)
-    roots, weights = np.polynomial.legendre.leggauss(steps)
+    steps = FIXED_STEPS if effort.max_evals is None else min(max(effort.max_evals - 2, 1), MOST_EVALS)
+    roots, weights = _gauss_legendre(steps)
     alphas = [float(alpha) for alpha in (roots + 1) / 2]
     known: Known = {}
     complete = yield from _learn(known, [1.0, 0.0, *alphas])
@@ -141,6 +155,13 @@ def input_x_gradient(effort: Effort) -> PathMethod:
     if len(known) < 2:
         raise too_late()
     return _complete_estimate(known[1.0].contribution, known, effort)
+
+
+@functools.lru_cache(maxsize=32)
+def _gauss_legendre(steps: int) -> tuple[FloatArray, FloatArray]:
+    """Roots and weights on [-1, 1]."""
+    roots, weights = np.polynomial.legendre.leggauss(steps)
+    return roots.astype(np.float32), weights.astype(np.float32)
 
 
 def _learn(known: Known, alphas: Sequence[float]) -> Generator[Sequence[float], Sequence[Point | None], bool]:

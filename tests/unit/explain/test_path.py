@@ -168,8 +168,9 @@ def test_a_path_that_goes_nowhere() -> None:
 @pytest.mark.parametrize("points", [2, 3, 5, 9])
 def test_weights_integrate_polynomials(points: int) -> None:
     alphas = np.sort(np.r_[0, np.random.default_rng(points).uniform(0, 1, points - 2), 1])
-    weights = path._interpolatory(alphas, min(points, 6))
-    assert weights.shape == (points - 1, points)
+    rule = path._Rule.through(alphas, min(points, 6))
     for power in range(min(points, 6)):
         wanted = np.diff(alphas ** (power + 1)) / (power + 1)
-        np.testing.assert_allclose(weights @ alphas**power, wanted, atol=1e-5)
+        got = rule((alphas**power)[:, None, None])
+        assert got.shape == (points - 1, 1, 1)
+        np.testing.assert_allclose(got.ravel(), wanted, atol=1e-5)

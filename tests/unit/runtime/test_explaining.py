@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -70,6 +70,20 @@ class FakePredictions:
         ]
         return Reply(outputs, {"said": "so"})
 
+    async def stream(self, payload: InferenceRequest) -> AsyncIterator[Reply]:
+        for _ in range(3):
+            yield await self.answer(payload)
+
+
+def request_of(
+    outputs: Sequence[str] = (), inputs: Sequence[Any] = (), parameters: Mapping[str, Any] | None = None
+) -> InferenceRequest:
+    return InferenceRequest(
+        inputs=[RequestInput(name="inputs", shape=[2], datatype="BYTES", data=["one", "two"]), *inputs],
+        outputs=[RequestOutput(name=name) for name in outputs] or None,
+        parameters=Parameters(**(parameters or {})),
+    )
+
 
 class Desk:
     def __init__(self, mode: str = "infer", predicts: bool = True, **settings: Any) -> None:
@@ -79,12 +93,8 @@ class Desk:
         self.service = AnsweringService(predictions, explaining, mode=mode)
 
     async def ask(self, outputs: Sequence[str] = (), inputs: Sequence[Any] = (), **parameters: Any) -> Any:
-        request = InferenceRequest(
-            inputs=[RequestInput(name="inputs", shape=[2], datatype="BYTES", data=["one", "two"]), *inputs],
-            outputs=[RequestOutput(name=name) for name in outputs] or None,
-            parameters=Parameters(**parameters),
-        )
-        return {output.name: output for output in (await self.service.answer(request)).outputs}
+        reply = await self.service.answer(request_of(outputs, inputs, parameters))
+        return {output.name: output for output in reply.outputs}
 
     @property
     def options(self) -> ExplainOptions:
@@ -149,6 +159,14 @@ async def test_the_mode_gives_explanations_only(desk: Desk) -> None:
     assert not desk.predictions.asked
     assert said(desk.options) == {"method": "occlusion", "top_k": 4}
     assert desk.parameters.model_dump(exclude_unset=True) == {"truncation": True}
+
+
+async def test_a_stream_of_predictions_stays_one() -> None:
+    desk = Desk()
+    assert len([reply async for reply in desk.service.stream(request_of())]) == 3
+    (reply,) = [reply async for reply in desk.service.stream(request_of(parameters={"explain": True}))]
+    assert [output.name for output in reply.outputs][:2] == ["output", "tokens"]
+    assert reply.parameters == {"said": "so"}
 
 
 async def test_the_mode_of_a_request_wins() -> None:
