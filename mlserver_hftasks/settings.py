@@ -65,7 +65,29 @@ class Settings(BaseModel):
         default_factory=dict, description="further arguments of `from_pretrained`"
     )
     framework: Literal["pt"] | None = Field(None, description='"pt"; TensorFlow is gone from transformers')
-    optimum_model: bool = Field(False, description="ONNX Runtime; refused until its backend exists")
+    backend: Annotated[
+        Literal["torch", "onnx", "openvino", "export", "torchscript"] | None,
+        BeforeValidator(_none_from_string),
+    ] = Field(None, description="what runs the model; the program's own if the folder holds one, else torch")
+    optimum_model: bool = Field(
+        False, description='as in mlserver_huggingface; the same as `backend: "onnx"`'
+    )
+    quantization: Annotated[
+        Literal["none", "int8", "int8-static"] | None, BeforeValidator(_none_from_string)
+    ] = Field(None, description="int8: scales per token at run time; int8-static: calibrated before")
+    file_name: Annotated[str | None, BeforeValidator(_none_from_string)] = Field(
+        None, description="the program's file in the model's folder: `model_quantized.onnx`, `model.pt`"
+    )
+    provider: Annotated[
+        Literal["CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"] | None,
+        BeforeValidator(_none_from_string),
+    ] = Field(None, description="ONNX Runtime's execution provider; else that of the device")
+    provider_options: Annotated[dict[str, str | int | bool], Json] = Field(
+        default_factory=dict, description="its options, those of a checked list"
+    )
+    program_cache: Annotated[str | None, BeforeValidator(_none_from_string)] = Field(
+        None, description="folder of exported programs; else one in the user's cache"
+    )
     device: Annotated[int | str | None, BeforeValidator(_integer_from_string)] = Field(
         None, description='-1, "cpu", 0, "cuda:1", "mps"; null is the CPU'
     )
@@ -80,6 +102,9 @@ class Settings(BaseModel):
     )
     max_queue_rows: Count = Field(8192, description="most rows that wait; beyond: 429")
     max_queue_tokens: Count = Field(1_000_000, description="most tokens that wait; beyond: 429")
+    max_queue_explanations: Count = Field(
+        256, description="most texts that are explained or wait for it; beyond: 429"
+    )
     latency_target_ms: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_none_from_string)] = (
         Field(None, description="keep latency under this, refuse what cannot be: 429")
     )
@@ -119,6 +144,25 @@ class Settings(BaseModel):
     max_body_bytes: Count = Field(
         16 * 2**20, description="most bytes of a REST body after gunzip; beyond: 413"
     )
+    mode: Literal["infer", "explain"] = Field(
+        "infer", description="`explain`: every request is answered with explanations; so with `infer_uri`"
+    )
+    explain: Annotated[dict[str, Any], Json] = Field(
+        default_factory=dict, description="options of explanations, for requests that do not say"
+    )
+    infer_uri: Annotated[str | None, BeforeValidator(_none_from_string)] = Field(
+        None, description="explain the V2 model at this URL, as a black box; see docs/explanations.md"
+    )
+    explainer_type: Annotated[str | None, BeforeValidator(_none_from_string)] = Field(
+        None, description="the `method` of explanations, as Seldon Core v2 sets it beside `infer_uri`"
+    )
+    infer_input: str = Field("array_inputs", description="its input that takes texts")
+    infer_output: Annotated[str | None, BeforeValidator(_none_from_string)] = Field(
+        None, description="its output [texts, labels] of numbers; else labels with scores as JSON"
+    )
+    infer_mask: str = Field(
+        "", description="what stands for an absent word in its texts; else it is left out"
+    )
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
 
     @field_validator("framework", mode="before")
@@ -138,6 +182,28 @@ class Settings(BaseModel):
             if value not in {"longest_first", "only_first", "only_second", "do_not_truncate"}:
                 raise ValueError("true, false, longest_first, only_first, only_second or do_not_truncate")
         return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _explains_another(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or _none_from_string(values.get("infer_uri")) is None:
+            return values
+        if values.get("mode", "explain") != "explain":
+            raise ValueError('infer_uri beside the mode "infer", expected "mode": "explain"')
+        return {**values, "mode": "explain"}
+
+    @model_validator(mode="after")
+    def _one_backend(self) -> Settings:
+        if self.optimum_model and self.backend not in (None, "onnx"):
+            raise ValueError(
+                f'got optimum_model and the backend "{self.backend}", expected "onnx" or no backend'
+            )
+        return self
+
+    @property
+    def chosen_backend(self) -> str | None:
+        """The backend that the settings name; None leaves it to the model's folder."""
+        return "onnx" if self.optimum_model else self.backend
 
     @model_validator(mode="after")
     def _suffix_fits(self) -> Settings:

@@ -19,6 +19,7 @@ The idea of packing around the attention is that of Effective FasterTransformer 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -59,7 +60,6 @@ class Backbone:
         self._module = model.base_model
         self._attention = model.config._attn_implementation
         self._forward = self._module.forward
-        self._pooler: Any = getattr(self._module, "pooler", None)
         self.layout = Layout.PADDED
         self.select: torch.Tensor | None = None
         self._module.forward = self
@@ -95,17 +95,8 @@ class Backbone:
         unpacked = hidden.new_zeros(*mask.shape, hidden.shape[-1])
         unpacked[mask] = hidden
         outputs.last_hidden_state = unpacked
-        if self._pooler is not None and outputs.get("pooler_output") is not None:
-            outputs.pooler_output = self._pooled(unpacked)
+        pool_again(self._module, outputs)
         return self._selected(outputs)
-
-    def _pooled(self, hidden: torch.Tensor) -> torch.Tensor:
-        pooled: torch.Tensor
-        if isinstance(self._pooler, torch.nn.Linear):  # ALBERT's is no module of its own
-            pooled = self._module.pooler_activation(self._pooler(hidden[:, 0]))
-        else:
-            pooled = self._pooler(hidden)
-        return pooled
 
     def _selected(self, outputs: Any) -> Any:
         if self.select is not None:
@@ -115,8 +106,7 @@ class Backbone:
         return outputs
 
     def _positions(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        embeddings: Any = getattr(self._module, "embeddings", None)
-        first = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
+        first = first_position(self._module)
         if first is None:
             return mask.cumsum(1) - 1
         # RoBERTa and its kin count from padding_idx + 1 and skip that token wherever it stands.
@@ -141,6 +131,25 @@ class Backbone:
         lengths = mask.sum(1)
         cumulative = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
         return {"attention_mask": None, "sequences": Sequences(tuple(lengths.tolist()), cumulative)}
+
+
+def pool_again(module: torch.nn.Module, outputs: Any) -> None:
+    """Pool the hidden states `[n, longest, hidden]` where the backbone itself pooled packed ones."""
+    pooler: Any = getattr(module, "pooler", None)
+    if pooler is None or outputs.get("pooler_output") is None:
+        return
+    hidden = outputs.last_hidden_state
+    if isinstance(pooler, torch.nn.Linear):  # ALBERT's is no module of its own
+        outputs.pooler_output = module.pooler_activation(pooler(hidden[:, 0]))  # type: ignore[operator]
+    else:
+        outputs.pooler_output = pooler(hidden)
+
+
+def first_position(module: torch.nn.Module) -> int | None:
+    """The padding_idx from which a backbone such as RoBERTa's counts positions, None if it counts from 0."""
+    embeddings: Any = getattr(module, "embeddings", None)
+    first: int | None = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
+    return first
 
 
 def varlen_attention(
@@ -223,26 +232,36 @@ def _attend_each(
     causal: bool,
     window: int | None,
 ) -> torch.Tensor:
-    """Scaled dot product attention per sequence: on a CPU the launch costs less than the padding."""
+    """Scaled dot product attention per sequence: on a CPU the launch costs less than the padding.
+
+    Neighbours of one length share a launch.
+    """
     grouped = query.shape[1] != key.shape[1]
     pieces = []
     start = 0
-    for length in sequences.lengths:
-        q, k, v = (states.narrow(2, start, length) for states in (query, key, value))
+    for length, run in itertools.groupby(sequences.lengths):
+        count = len(list(run))
+        q, k, v = (_stacked(states, start, count, length) for states in (query, key, value))
         mask = None if window is None or length <= window else _window_mask(length, window, causal, query)
-        pieces.append(
-            scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                attn_mask=mask,
-                is_causal=causal and mask is None,
-                scale=scaling,
-                enable_gqa=grouped,
-            )
+        attended = scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=causal and mask is None,
+            scale=scaling,
+            enable_gqa=grouped,
         )
-        start += length
-    return torch.cat(pieces, dim=2).transpose(1, 2)
+        pieces.append(attended.transpose(1, 2).flatten(0, 1))
+        start += count * length
+    return torch.cat(pieces)[None]
+
+
+def _stacked(states: torch.Tensor, start: int, count: int, length: int) -> torch.Tensor:
+    """Sequences of one length as a batch: [1, heads, T, d] -> [count, heads, length, d]."""
+    heads, _, size = states.shape[1:]
+    run = states[0].narrow(1, start, count * length)
+    return run.reshape(heads, count, length, size).transpose(0, 1)
 
 
 def _window_mask(length: int, window: int, causal: bool, like: torch.Tensor) -> torch.Tensor:

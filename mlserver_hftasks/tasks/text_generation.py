@@ -243,7 +243,7 @@ class TextGeneration(Task[TextGenerationParameters]):
             logprobs=bool(parameters.logprobs),
         )
         return Example(
-            (Row({"input_ids": tokens}, key, None, decoding),), PromptContext(source, tokens, None)
+            (Row({"input_ids": tokens}, key, decoding=decoding),), PromptContext(source, tokens, None)
         )
 
     # -- answers ---------------------------------------------------------------------------------

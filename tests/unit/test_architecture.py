@@ -13,10 +13,11 @@ STOREYS = (
     {"settings"},
     {"engine"},
     {"backends"},
-    {"tasks"},
-    {"metrics", "loading", "codecs"},
-    {"runtime"},
+    {"tasks", "export"},
+    {"metrics", "loading", "codecs", "explain"},
+    {"runtime", "client"},
     {"__init__"},
+    {"cli"},
 )
 """From the ground up; a room imports from its own storey's room and from those below."""
 STOREY = {room: level for level, rooms in enumerate(STOREYS) for room in rooms}
