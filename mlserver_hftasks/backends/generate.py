@@ -10,9 +10,8 @@ from __future__ import annotations
 import copy
 import itertools
 import threading
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,12 +21,11 @@ from transformers.generation.logits_process import NoRepeatNGramLogitsProcessor
 from transformers.modeling_outputs import BaseModelOutput
 
 from mlserver_hftasks.backends.base import Description
+from mlserver_hftasks.backends.keys import GenerateKey
 from mlserver_hftasks.backends.steering import WARPERS, Decode, Draw, Processor, Unpadded, Watch, warpers_of
 from mlserver_hftasks.engine.rows import Decoding, FloatArray, IntArray, Outputs, Row
-from mlserver_hftasks.engine.sequences import FinishReason
+from mlserver_hftasks.engine.sequences import FINISH_REASONS
 
-FINISH_REASONS = tuple(FinishReason)
-"""The output `finish` holds indices into it."""
 LENGTHS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens")
 OF_BEAMS = ("early_stopping", "length_penalty")
 """Settings that mean nothing without beams."""
@@ -36,24 +34,6 @@ PROBE = Decoding(max_new_tokens=8)
 
 _process_generator = threading.Lock()
 """Held by who draws from torch's own random generators, of which a process has one per device."""
-
-
-@dataclass(frozen=True, slots=True)
-class GenerateKey:
-    """Rows with equal keys may share one call of `generate()`; their seeds and limits are in `decoding`."""
-
-    arguments: tuple[tuple[str, Hashable], ...] = ()
-    """Of `GenerationConfig`, sorted by name; lists are tuples."""
-    stop: tuple[str, ...] = ()
-    """Texts that end an answer; it holds the one that did."""
-    logprobs: bool = False
-    company: Hashable = None
-    """Keeps apart what would hold one another up, such as rows of very different limits."""
-
-    @classmethod
-    def of(cls, arguments: Mapping[str, Any], **others: Any) -> GenerateKey:
-        """The key of a call with those arguments."""
-        return cls(tuple((name, _frozen(arguments[name])) for name in sorted(arguments)), **others)
 
 
 class GenerateBackend:
@@ -283,11 +263,6 @@ def _without_lengths(config: GenerationConfig) -> GenerationConfig:
     for name in LENGTHS:
         setattr(made, name, None)
     return made
-
-
-def _frozen(value: Any) -> Hashable:
-    frozen: Hashable = tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
-    return frozen
 
 
 def _thawed(value: Any) -> Any:
