@@ -145,6 +145,7 @@ def _to_onnx(
     tell: Callable[[str], None],
 ) -> str:
     from mlserver_hftasks.export import graph, onnx
+    from mlserver_hftasks.export.early import read_early
 
     program = onnx.export(model, sample, order.provider)
     if order.quantization != "none":
@@ -155,6 +156,8 @@ def _to_onnx(
         batches = [calibration[start : start + 16] for start in range(0, len(calibration), 16)]
         feeds = (ProgramBackend.feed_of(plan, batch) for batch in batches)
         graph.quantize_static(program, onnx.largest_inputs(program, feeds, folder))
+    if plan.reads in (Reads.FIRST, Reads.SELECTED) and plan.layout is Layout.LANES:
+        read_early(program)
     return onnx.save(program, folder)
 
 
