@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from benchmarks.backends import inside, neighbours, served, start
+from benchmarks.backends import inside, neighbours, served, start, torch_side
 from benchmarks.report import Findings
 from benchmarks.session import Session
 
@@ -14,5 +14,7 @@ EXPERIMENTS: Mapping[str, Callable[[Session], Findings]] = {
     "neighbours": neighbours.measure,
     "served": served.measure,
     "start": start.measure,
+    "torch": torch_side.measure,
+    "compile": torch_side.compiled,
 }
 QUICK = ("inside", "start")

@@ -52,6 +52,17 @@ class System:
 FP32 = System("ours fp32", "ours")
 FP32_PADDED = System("ours fp32, packing off", "ours", extra={"packing": "off"}, quick=False)
 BF16 = System("ours bf16", "ours", "bfloat16", extra={"dtype": "bfloat16"})
+BF16_OPENVINO = System(
+    "ours bf16, OpenVINO",
+    "ours",
+    "bfloat16",
+    extra={"backend": "openvino", "dtype": "bfloat16"},
+    quick=False,
+)
+INT8 = System("ours int8", "ours", "int8", extra={"quantization": "int8"})
+INT8_ONNX = System(
+    "ours int8, ONNX Runtime", "ours", "int8", extra={"backend": "onnx", "quantization": "int8"}
+)
 PLAIN = System("mlserver-huggingface", "incumbent")
 BATCHING = System(
     "mlserver-huggingface, batching",
@@ -61,9 +72,8 @@ BATCHING = System(
 )
 ECHO = System("echo", "ceiling")
 
-SYSTEMS = (FP32, FP32_PADDED, BF16, PLAIN, BATCHING, ECHO)
-"""All that is started here. Backends to come (int8, ONNX Runtime, OpenVINO) go beside `BF16`, with
-their `dtype` ("float32", "int8", ...): the figures take the best of ours of each dtype."""
+SYSTEMS = (FP32, FP32_PADDED, BF16, BF16_OPENVINO, INT8, INT8_ONNX, PLAIN, BATCHING, ECHO)
+"""All that is started here. The figures take the best of ours of each `dtype`."""
 
 INCUMBENTS = tuple(system for system in SYSTEMS if system.role == "incumbent")
 
