@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 TORCH  := torch>=2.13,<2.14
 
-.PHONY: install demo test lint format typecheck docs compat bench bench-quick clean
+.PHONY: install demo notebooks test lint format typecheck docs compat bench bench-quick clean
 
 install: $(STAMP)
 
@@ -23,6 +23,10 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest $(if $(COVERAGE),--cov --cov-report=term-missing:skip-covered) $(ARGS)
+
+notebooks: install
+	$(BIN)/python examples/build_models.py
+	$(BIN)/python notebooks/run.py $(if $(CHECK),--check)
 
 lint: install
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from mlserver_hftasks import metrics
+from mlserver_hftasks.explain.options import ExplainOptions
+from mlserver_hftasks.explain.tensors import OUTPUTS
 from mlserver_hftasks.settings import Settings
 from mlserver_hftasks.tasks.registry import ALIASES, TASKS, task_class
-from mlserver_hftasks.tasks.signature import Signature
+from mlserver_hftasks.tasks.signature import OutputSpec, Signature
 
 FOLDER = Path(__file__).parent
 NOTE = "<!-- made by `make docs` from the code; edit that -->\n\n"
@@ -38,6 +41,11 @@ result; with `outputs` it is the tensors that the request names, and only those.
 
 Of two tensors of one name the last counts; a parameter that comes as a tensor counts before one that comes as
 a request parameter. Unknown names are refused.
+"""
+EXPLANATIONS_INTRODUCTION = """## Explanations
+
+What any of these tasks says, save feature-extraction, is explained on request: see
+[explanations.md](explanations.md). The options, and the outputs of `n` items:
 """
 
 
@@ -66,6 +74,7 @@ def tasks_page() -> str:
         first_line = (sys.modules[kind.__module__].__doc__ or "").strip().splitlines()[0]
         summary = first_line.partition(": ")[2]
         parts.append(f"## {name}\n\n{summary[:1].upper()}{summary[1:]}{also}\n\n{_signature(kind.signature)}")
+    parts.append(f"{EXPLANATIONS_INTRODUCTION}\n{_parameters(ExplainOptions)}\n{_outputs(OUTPUTS)}")
     return NOTE + "\n".join(parts)
 
 
@@ -79,22 +88,27 @@ def _signature(signature: Signature) -> str:
         (f"`{spec.name}`", ", ".join(f"`{alias}`" for alias in spec.aliases), spec.description)
         for spec in signature.inputs
     ]
-    schema = signature.parameters.model_json_schema()["properties"]
-    parameters = [
-        (f"`{name}`", _kind(schema[name]), _default(field.default), field.description)
-        for name, field in signature.parameters.model_fields.items()
-    ]
-    outputs = [
-        (f"`{spec.name}`", spec.datatype, f"`{list(spec.shape)}`", spec.description)
-        for spec in signature.outputs
-    ]
     return "\n".join(
         (
             _table(("input", "other names", "what"), inputs),
-            _table(("parameter", "type", "default", "what"), parameters),
-            _table(("output", "datatype", "shape", "what"), outputs),
+            _parameters(signature.parameters),
+            _outputs(signature.outputs),
         )
     )
+
+
+def _parameters(kind: type[BaseModel]) -> str:
+    schema = kind.model_json_schema()["properties"]
+    rows = [
+        (f"`{name}`", _kind(schema[name]), _default(field.default), field.description)
+        for name, field in kind.model_fields.items()
+    ]
+    return _table(("parameter", "type", "default", "what"), rows)
+
+
+def _outputs(specs: Sequence[OutputSpec]) -> str:
+    rows = [(f"`{spec.name}`", spec.datatype, f"`{list(spec.shape)}`", spec.description) for spec in specs]
+    return _table(("output", "datatype", "shape", "what"), rows)
 
 
 def _kind(schema: dict[str, Any]) -> str:

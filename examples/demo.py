@@ -27,6 +27,9 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from mlserver_hftasks.cli.heat_map import heat_maps
+from mlserver_hftasks.client import Reading, explain, read
+
 READY_SECONDS = 180
 STOP_SECONDS = 20
 LOG_LINES = 30
@@ -39,6 +42,8 @@ REVIEWS = {
     "It crashed twice and I lost all my work.": "NEGATIVE",
     "I expected little, but this film is brilliant.": "POSITIVE",
 }
+# The review that the model has to explain.
+EXPLAINED = "I expected little, but this film is brilliant."
 QUESTION = "How do I get my money back?"
 # From the best answer to the worst.
 PASSAGES = (
@@ -67,6 +72,8 @@ class Answers(NamedTuple):
     typed: Tensors
     rest_vectors: NDArray[Any]
     grpc_vectors: NDArray[Any]
+    why: Reading
+    why_by_grpc: Reading
 
 
 class Clients:
@@ -111,11 +118,20 @@ class Clients:
 
     def ask_grpc(self, model: str, tensor: str, texts: Sequence[str], outputs: Sequence[str]) -> Tensors:
         """Send `texts` as one protobuf message, and have the named tensors come back as numbers."""
+        response = self._infer(model, tensor, texts, outputs)
+        return {name: response.as_numpy(name) for name in outputs}
+
+    def explain_grpc(self, model: str, tensor: str, texts: Sequence[str], **options: Any) -> list[Reading]:
+        """Ask for explanations beside the predictions; over gRPC options travel as JSON text."""
+        return read(self._infer(model, tensor, texts, ["explanation"], explain=json.dumps(options)))
+
+    def _infer(
+        self, model: str, tensor: str, texts: Sequence[str], outputs: Sequence[str], **parameters: Any
+    ) -> Any:
         question = triton.InferInput(tensor, [len(texts)], "BYTES")
         question.set_data_from_numpy(np.array([text.encode() for text in texts], dtype=object))
         wanted = [triton.InferRequestedOutput(name) for name in outputs]
-        response = self.grpc.infer(model, [question], outputs=wanted)
-        return {name: response.as_numpy(name) for name in outputs}
+        return self.grpc.infer(model, [question], outputs=wanted, parameters=parameters or None)
 
 
 def tensor_of(output: dict[str, Any]) -> NDArray[Any]:
@@ -133,12 +149,16 @@ def ask(clients: Clients) -> Answers:
     typed = clients.ask_grpc("sentiment", "array_inputs", texts, ["label", "score"])
     by_rest = clients.ask_rest("embeddings", "array_inputs", passages, ["embedding"])
     by_grpc = clients.ask_grpc("embeddings", "array_inputs", passages, ["embedding"])
+    (why,) = explain("/v2/models/sentiment", [EXPLAINED], client=clients.http)
+    (why_by_grpc,) = clients.explain_grpc("sentiment", "array_inputs", [EXPLAINED], target="predicted")
     return Answers(
         plain=[json.loads(item) for item in plain.flat],
         ranked=json.loads(ranked.flat[0]),
         typed={name: tensor.reshape(-1) for name, tensor in typed.items()},
         rest_vectors=by_rest["embedding"],
         grpc_vectors=by_grpc["embedding"],
+        why=why,
+        why_by_grpc=why_by_grpc,
     )
 
 
@@ -169,6 +189,10 @@ def show(answers: Answers) -> None:
         table.add_row(passage, f"{by_rest:.3f}", f"{by_grpc:.3f}")
     console.print(table)
 
+    console.print("\nsentiment explains itself: POST /v2/models/sentiment/explain")
+    for heat_map in heat_maps(answers.why):
+        console.print(heat_map)
+
 
 def verdict(label: str, score: float) -> str:
     """A label and its score, in the label's colour."""
@@ -182,6 +206,8 @@ def wrong_answers(answers: Answers, *, live: bool) -> list[str]:
     scores = [said["score"] for said in answers.plain]
     rest, grpc = similarities(answers.rest_vectors), similarities(answers.grpc_vectors)
     top = [said["label"] for said in answers.ranked]
+    (why,), words = answers.why.targets, answers.why.words()
+    explained = why.score - why.baseline_score + why.delta
     checks = {
         "the server reports that it is live": live,
         "the labels over REST are right": [said["label"] for said in answers.plain] == expected,
@@ -194,6 +220,13 @@ def wrong_answers(answers: Answers, *, live: bool) -> list[str]:
         "the embeddings over REST and gRPC agree": close(answers.rest_vectors, answers.grpc_vectors),
         "the passages are ranked by meaning": rest == sorted(rest, reverse=True),
         "the passages are ranked the same over gRPC": grpc == sorted(grpc, reverse=True),
+        "the explanation is of the label": why.label == REVIEWS[EXPLAINED],
+        "the word that decides is found": max(words, key=lambda word: word.attribution).text == "brilliant",
+        "the words add up to the score": close(sum(word.attribution for word in words), explained, 1e-3),
+        "the explanation has converged": why.converged,
+        "the explanations over REST and gRPC agree": close(
+            why.attributions, answers.why_by_grpc.targets[0].attributions, 1e-4
+        ),
     }
     return [claim for claim, holds in checks.items() if not holds]
 

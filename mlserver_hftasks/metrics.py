@@ -16,6 +16,9 @@
 | `hftasks_running_sequences` | gauge | sequences that are being generated |
 | `hftasks_waiting_sequences` | gauge | sequences that wait to begin |
 | `hftasks_kv_cache_share` | gauge | share of the cache of keys and values that is taken |
+| `hftasks_explain_seconds` | histogram | time of a request for explanations, without its prediction |
+| `hftasks_explain_evaluations` | histogram | evaluations of the model per explained text |
+| `hftasks_explain_unconverged_total` | counter | explained texts of which some target has not converged |
 | `hftasks_refused_total` | counter | requests refused with 429 |
 | `hftasks_errors_total` | counter | requests that failed, by `kind`: the class of the error |
 
@@ -26,6 +29,8 @@ Collectors are made at first use, after MLServer has set up its multiprocess fil
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -35,10 +40,23 @@ from mlserver_hftasks.engine.batcher import BatchReport
 from mlserver_hftasks.engine.generator import StepReport
 from mlserver_hftasks.errors import HFTasksError, Overloaded
 
+
+@dataclass(frozen=True, slots=True)
+class ExplainReport:
+    """What there is to measure about one request for explanations."""
+
+    seconds: float
+    evaluations: Sequence[int]
+    """Per text."""
+    unconverged: int
+    """Texts of which some target has not converged."""
+
+
 _LABELS = ("model_name", "model_version")
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+_EVALUATIONS = (2, 5, 10, 15, 20, 30, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
 _SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
@@ -69,6 +87,11 @@ def _collectors() -> dict[str, Any]:
         ),
         "cache": Gauge(
             "hftasks_kv_cache_share", "share of the cache that is taken", _LABELS, multiprocess_mode="livemax"
+        ),
+        "explain": histogram("explain_seconds", "time of a request for explanations", _SECONDS),
+        "evaluations": histogram("explain_evaluations", "evaluations per explained text", _EVALUATIONS),
+        "unconverged": Counter(
+            "hftasks_explain_unconverged_total", "explained texts that have not converged", _LABELS
         ),
         "refused": Counter("hftasks_refused_total", "requests refused with 429", _LABELS),
         "errors": Counter("hftasks_errors_total", "requests that failed", (*_LABELS, "kind")),
@@ -108,6 +131,13 @@ class ModelMetrics:
             self._of["first_token"].observe(seconds)
         for seconds in report.token_gap_s:
             self._of["token_gap"].observe(seconds)
+
+    def explained(self, report: ExplainReport) -> None:
+        """Record one request for explanations."""
+        self._of["explain"].observe(report.seconds)
+        for evaluations in report.evaluations:
+            self._of["evaluations"].observe(evaluations)
+        self._of["unconverged"].inc(report.unconverged)
 
     def queued(self, rows: int) -> None:
         """Record the depth of the queue."""

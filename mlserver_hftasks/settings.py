@@ -135,6 +135,9 @@ class Settings(BaseModel):
     )
     max_queue_rows: Count = Field(8192, description="most rows that wait; beyond: 429")
     max_queue_tokens: Count = Field(1_000_000, description="most tokens that wait; beyond: 429")
+    max_queue_explanations: Count = Field(
+        256, description="most texts that are explained or wait for it; beyond: 429"
+    )
     latency_target_ms: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_none_from_string)] = (
         Field(None, description="keep latency under this, refuse what cannot be: 429")
     )
@@ -174,6 +177,25 @@ class Settings(BaseModel):
     max_body_bytes: Count = Field(
         16 * 2**20, description="most bytes of a REST body after gunzip; beyond: 413"
     )
+    mode: Literal["infer", "explain"] = Field(
+        "infer", description="`explain`: every request is answered with explanations; so with `infer_uri`"
+    )
+    explain: Annotated[dict[str, Any], Json] = Field(
+        default_factory=dict, description="options of explanations, for requests that do not say"
+    )
+    infer_uri: Annotated[str | None, BeforeValidator(_none_from_string)] = Field(
+        None, description="explain the V2 model at this URL, as a black box; see docs/explanations.md"
+    )
+    explainer_type: Annotated[str | None, BeforeValidator(_none_from_string)] = Field(
+        None, description="the `method` of explanations, as Seldon Core v2 sets it beside `infer_uri`"
+    )
+    infer_input: str = Field("array_inputs", description="its input that takes texts")
+    infer_output: Annotated[str | None, BeforeValidator(_none_from_string)] = Field(
+        None, description="its output [texts, labels] of numbers; else labels with scores as JSON"
+    )
+    infer_mask: str = Field(
+        "", description="what stands for an absent word in its texts; else it is left out"
+    )
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
 
     @field_validator("framework", mode="before")
@@ -193,6 +215,15 @@ class Settings(BaseModel):
             if value not in {"longest_first", "only_first", "only_second", "do_not_truncate"}:
                 raise ValueError("true, false, longest_first, only_first, only_second or do_not_truncate")
         return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _explains_another(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or _none_from_string(values.get("infer_uri")) is None:
+            return values
+        if values.get("mode", "explain") != "explain":
+            raise ValueError('infer_uri beside the mode "infer", expected "mode": "explain"')
+        return {**values, "mode": "explain"}
 
     @model_validator(mode="after")
     def _one_backend(self) -> Settings:

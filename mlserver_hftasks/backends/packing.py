@@ -19,6 +19,7 @@ The idea of packing around the attention is that of Effective FasterTransformer 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -240,26 +241,36 @@ def _attend_each(
     causal: bool,
     window: int | None,
 ) -> torch.Tensor:
-    """Scaled dot product attention per sequence: on a CPU the launch costs less than the padding."""
+    """Scaled dot product attention per sequence: on a CPU the launch costs less than the padding.
+
+    Neighbours of one length share a launch.
+    """
     grouped = query.shape[1] != key.shape[1]
     pieces = []
     start = 0
-    for length in sequences.lengths:
-        q, k, v = (states.narrow(2, start, length) for states in (query, key, value))
+    for length, run in itertools.groupby(sequences.lengths):
+        count = len(list(run))
+        q, k, v = (_stacked(states, start, count, length) for states in (query, key, value))
         mask = None if window is None or length <= window else _window_mask(length, window, causal, query)
-        pieces.append(
-            scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                attn_mask=mask,
-                is_causal=causal and mask is None,
-                scale=scaling,
-                enable_gqa=grouped,
-            )
+        attended = scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=causal and mask is None,
+            scale=scaling,
+            enable_gqa=grouped,
         )
-        start += length
-    return torch.cat(pieces, dim=2).transpose(1, 2)
+        pieces.append(attended.transpose(1, 2).flatten(0, 1))
+        start += count * length
+    return torch.cat(pieces)[None]
+
+
+def _stacked(states: torch.Tensor, start: int, count: int, length: int) -> torch.Tensor:
+    """Sequences of one length as a batch: [1, heads, T, d] -> [count, heads, length, d]."""
+    heads, _, size = states.shape[1:]
+    run = states[0].narrow(1, start, count * length)
+    return run.reshape(heads, count, length, size).transpose(0, 1)
 
 
 def _window_mask(length: int, window: int, causal: bool, like: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from transformers.modeling_outputs import ModelOutput
 from mlserver_hftasks.backends import feeds
 from mlserver_hftasks.backends import probe as probing
 from mlserver_hftasks.backends.base import Description, Head
+from mlserver_hftasks.backends.gradients import PathBackend
 from mlserver_hftasks.backends.packing import Backbone, Layout
 from mlserver_hftasks.engine.rows import IntArray, Outputs, Row
 from mlserver_hftasks.errors import InvalidSettings
@@ -58,6 +59,7 @@ class TorchBackend:
         self._pad_token_id = pad_token_id
         self._precision = precision or str(model.dtype).removeprefix("torch.")
         self._backbone = Backbone(model)
+        self._gradients: list[PathBackend | None] | None = None
         if packing:
             self._choose_layout(probe)
         layout = self._backbone.layout
@@ -83,18 +85,32 @@ class TorchBackend:
 
     def close(self) -> None:
         """See `base.Backend`."""
+        for gradients in self._gradients or ():
+            if gradients is not None:
+                gradients.close()
         self._backbone.release()
-        del self._model, self._backbone
+        del self._model, self._backbone, self._gradients
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def gradients(self) -> PathBackend | None:
+        """See `gradients.Differentiable`."""
+        if self._gradients is None:
+            self._gradients = [PathBackend.of(self)]
+        return self._gradients[0]
+
     def _forward(self, rows: Sequence[Row]) -> list[Outputs]:
+        with torch.inference_mode():
+            outputs = self._outputs(rows)
+        return self._split(outputs, rows)
+
+    def _outputs(self, rows: Sequence[Row]) -> ModelOutput:
+        """What the model says of rows that run together, in whatever mode torch is."""
         arrays = feeds.padded(rows, self._pad_token_id)
         tensors = {name: self._tensor(array) for name, array in arrays.items()}
         self._backbone.select = self._tensor(feeds.selection(rows))
-        with torch.inference_mode():
-            outputs = self._model(**tensors)
-        return self._split(outputs, rows)
+        outputs: ModelOutput = self._model(**tensors)
+        return outputs
 
     def _passes(self, rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
         """The rows in groups that run together: all of them, unless the layout forbids."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import orjson
-from mlserver.types import InferenceRequest, RequestInput
+from mlserver.types import InferenceRequest, Parameters, RequestInput
 
 from mlserver_hftasks.codecs.content import Decoded, decode_tensor, is_content_type
 from mlserver_hftasks.codecs.envelope import check_counts, check_layout, check_names
@@ -33,6 +33,12 @@ PROTOCOL_PARAMETERS = frozenset(
 )
 """Request parameters that belong to the protocol and its clients, not to a task."""
 
+EXPLAIN = "explain"
+"""The parameter, or input, that asks for explanations beside the answer; also the mode of them alone."""
+INFER = "infer"
+MODE = "mode"
+"""The request parameter that says which of the two a request is for, whatever the setting says."""
+
 
 @dataclass(frozen=True, slots=True)
 class Names:
@@ -42,6 +48,15 @@ class Names:
     parameters: frozenset[str]
     lists: frozenset[str]
     """The parameters that may be lists; of the others a tensor of one element is the element."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What a request says of explanations; None where it says nothing."""
+
+    mode: str | None
+    options: Any
+    """As the client wrote them, see `ExplainOptions.read`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +97,35 @@ def decode_request(request: InferenceRequest, names: Names) -> Call:
     scalar = scalar and all(len(items) == 1 for items in inputs.values())
     outputs = tuple(dict.fromkeys(output.name for output in request.outputs or ()))
     return Call(inputs, parameters, scalar, outputs)
+
+
+def split_request(request: InferenceRequest) -> tuple[InferenceRequest, Wish]:
+    """The request without what it says of explanations, and that. Raises `InvalidRequest`."""
+    extra = dict((request.parameters.model_extra if request.parameters else None) or {})
+    tensors = [tensor for tensor in request.inputs if tensor.name == EXPLAIN]
+    if not tensors and not {MODE, EXPLAIN} & set(extra):
+        return request, Wish(None, None)
+    mode, options = extra.pop(MODE, None), extra.pop(EXPLAIN, None)
+    if mode not in (None, INFER, EXPLAIN):
+        raise InvalidRequest(f"got {mode!r:.40}, expected {INFER} or {EXPLAIN} @ {MODE}")
+    for tensor in tensors:
+        options = _one_value(tensor)
+    rest = request.model_copy(
+        update={
+            "parameters": request.parameters and Parameters(**_protocol_fields(request.parameters), **extra),
+            "inputs": [tensor for tensor in request.inputs if tensor.name != EXPLAIN],
+        }
+    )
+    return rest, Wish(mode, options)
+
+
+def _protocol_fields(parameters: Parameters) -> dict[str, Any]:
+    return {name: getattr(parameters, name) for name in Parameters.model_fields}
+
+
+def _one_value(tensor: RequestInput) -> Any:
+    check_layout(tensor.shape, tensor.datatype, tensor.name)
+    return _only_item(tensor, decode_tensor(tensor))
 
 
 def _items(decoded: Decoded) -> tuple[list[Any], bool]:
@@ -134,6 +178,10 @@ def _known(name: str, names: Names) -> str:
 def _parameter(tensor: RequestInput, decoded: Decoded, names: Names) -> Any:
     if tensor.name in names.lists:
         return decoded.value
+    return _only_item(tensor, decoded)
+
+
+def _only_item(tensor: RequestInput, decoded: Decoded) -> Any:
     if len(decoded.items) != 1:
         raise InvalidRequest(f"{len(decoded.items)} values, expected one @ {tensor.name}")
     return decoded.items[0]

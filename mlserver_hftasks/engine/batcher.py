@@ -1,7 +1,8 @@
 """asyncio in front, the device thread behind, the scheduler between them.
 
 The device thread takes its next batch itself, at the moment it is free: a batch is formed as late as
-can be, and the device never waits for the event loop.
+can be, and the device never waits for the event loop. A second scheduler, where there is one, holds rows of
+the background: their batches run only while no other row waits.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ class Batcher:
     ) -> None:
         self._backend = backend
         self._scheduler = scheduler
+        self._background: Scheduler | None = None
         self._on_thread_start = on_thread_start
         self._observe = observe
         self._observe_queue = observe_queue
@@ -78,11 +80,22 @@ class Batcher:
         self._waiters: dict[Job, _Waiter] = {}
         self._wake = threading.Condition()
         self._closed = False
+        self._idle = threading.Event()
         self._thread = threading.Thread(target=self._run_device, name=f"hftasks-{name}", daemon=True)
         self._thread.start()
 
-    async def run(self, rows: Sequence[Row]) -> list[Outputs]:
+    def open_background(self, scheduler: Scheduler) -> None:
+        """Take rows of the background from now on."""
+        with self._wake:
+            self._background = scheduler
+
+    async def run(
+        self, rows: Sequence[Row], *, background: bool = False, since: float | None = None
+    ) -> list[Outputs]:
         """The outputs of the rows, in order.
+
+        `background` rows wait for all others. `since`, a time of `time.monotonic`, counts as their arrival
+        where they go on with what began earlier.
 
         Raises `Overloaded` at once, `Unavailable` when closing, `ForwardFailed` if the model raised on
         one of these rows. Cancelling the call takes its waiting rows out of the queue, and ends those
@@ -90,12 +103,17 @@ class Batcher:
         """
         if not rows:
             return []
+        scheduler = self._background if background else self._scheduler
+        if scheduler is None:
+            raise ValueError("this engine has no background")
         waiter = _Waiter(self._loop.create_future(), [None] * len(rows))
         with self._wake:
             if self._closed:
                 raise Unavailable("the model is being unloaded, expected a model that is ready")
-            job = self._scheduler.submit(rows, time.monotonic())
+            job = scheduler.submit(rows, time.monotonic() if since is None else since)
             self._waiters[job] = waiter
+            if not background:
+                self._idle.clear()
             self._wake.notify()
         self._observe_queue(self.queued_rows)
         try:
@@ -106,7 +124,7 @@ class Batcher:
                 for row in rows:
                     row.abandon()
                 with self._wake:
-                    self._scheduler.cancel(job)
+                    scheduler.cancel(job)
                 self._observe_queue(self.queued_rows)
 
     def check_admission(self) -> None:
@@ -116,13 +134,21 @@ class Batcher:
 
     @property
     def queued_rows(self) -> int:
-        """Rows that wait for the device."""
+        """Rows that wait for the device, without those of the background."""
         return self._scheduler.queued_rows
+
+    def wait_until_idle(self, seconds: float) -> bool:
+        """Hold the calling thread while rows wait or run, those of the background aside, for so long at most.
+
+        Whether there are none now.
+        """
+        return self._idle.wait(seconds)
 
     async def close(self) -> None:
         """Let the running batch end, fail what still waits, and end the thread."""
         with self._wake:
             self._closed = True
+            self._idle.set()
             self._wake.notify()
         await asyncio.to_thread(self._thread.join)
         self._fail_all(Unavailable("the model was unloaded while the request waited"))
@@ -132,19 +158,19 @@ class Batcher:
     def _run_device(self) -> None:
         try:
             self._on_thread_start()
-            while (batch := self._take_batch()) is not None:
-                self._run_batch(batch)
+            while (taken := self._take_batch()) is not None:
+                self._run_batch(*taken)
         except BaseException as error:
             # Only a defect of ours gets here; whoever waits must be told all the same.
             self._post(self._fail_all, ForwardFailed(f"the device thread failed: {error!r}"))
 
-    def _run_batch(self, batch: Batch) -> None:
+    def _run_batch(self, scheduler: Scheduler, batch: Batch) -> None:
         left_at = time.monotonic()
         results = self._execute(batch.tickets)
         seconds = time.monotonic() - left_at
         failed = sum(isinstance(result, Exception) for result in results)
         with self._wake:
-            self._scheduler.finished(batch, None if failed else seconds)
+            scheduler.finished(batch, None if failed else seconds)
             report = self._report(batch, left_at, seconds, failed)
         self._post(self._deliver, batch, results, report)
 
@@ -153,12 +179,17 @@ class Batcher:
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(callback, *args)
 
-    def _take_batch(self) -> Batch | None:
+    def _take_batch(self) -> tuple[Scheduler, Batch] | None:
         with self._wake:
             while not self._closed:
                 batch = self._scheduler.next_batch(time.monotonic())
                 if batch is not None:
-                    return batch
+                    return self._scheduler, batch
+                self._idle.set()
+                if self._background is not None:
+                    batch = self._background.next_batch(time.monotonic())
+                    if batch is not None:
+                        return self._background, batch
                 self._wake.wait()
         return None
 

@@ -45,13 +45,15 @@ class Row:
     `arrays` map the model's input names to arrays of shape [tokens]. `key` says who may share a batch:
     rows run together exactly when their keys are equal. `select`, where given, names the positions
     whose outputs are wanted, so that a head over a large vocabulary need not compute the others.
-    `decoding` is there where the model continues the row.
+    `decoding` is there where the model continues the row. `source` is what the row was made from; the
+    engine only carries it.
     """
 
     arrays: Mapping[str, IntArray]
     key: Hashable = None
     select: IntArray | None = None
     decoding: Decoding | None = None
+    source: Any = None
 
     def __post_init__(self) -> None:
         if self.cost < 1:

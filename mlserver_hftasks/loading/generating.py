@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,4 +41,4 @@ def generating(
     decoder = decoder_of(model, device, facts.limits.cache_tokens) if decodes else None
     decode = functools.partial(encoder.tokenizer.decode, skip_special_tokens=True)
     backend = GenerateBackend(model, device=device, pad_token_id=pad_token_id, decode=decode)
-    return Served(kind(facts), backend, decoder)
+    return Served(kind(replace(facts, steps=decoder is not None)), backend, decoder)

@@ -10,6 +10,9 @@ import mlserver
 
 from mlserver_hftasks.engine.scheduler import Limits
 from mlserver_hftasks.engine.steps import StepLimits
+from mlserver_hftasks.errors import InvalidRequest, InvalidSettings
+from mlserver_hftasks.explain.options import ExplainOptions
+from mlserver_hftasks.explain.remote import check_uri
 from mlserver_hftasks.settings import Settings, read_settings
 
 DEFAULT_BATCH_ROWS = 256
@@ -27,11 +30,25 @@ def settings_of(settings: mlserver.ModelSettings) -> Settings:
     if settings.max_batch_size > 1:
         defaults["batch_size"] = settings.max_batch_size
     read = read_settings(extra, os.environ, defaults)
-    names = {
+    options = dict(read.explain)
+    if read.explainer_type is not None:
+        options.setdefault("method", read.explainer_type)
+    _check_options(options)
+    if read.infer_uri is not None:
+        check_uri(read.infer_uri, os.environ)
+    changed = {
+        "explain": options,
         "pretrained_model": _resolved(settings, read.pretrained_model or uri),
         "pretrained_tokenizer": _resolved(settings, read.pretrained_tokenizer),
     }
-    return read.model_copy(update=names)
+    return read.model_copy(update=changed)
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    try:
+        ExplainOptions.read(options, "parameters.extra.explain")
+    except InvalidRequest as error:
+        raise InvalidSettings(str(error)) from None
 
 
 def take_over_batching(settings: mlserver.ModelSettings) -> None:

@@ -7,19 +7,37 @@ from typing import Any
 from mlserver.types import MetadataModelResponse, MetadataTensor
 from mlserver.types import Parameters as V2Parameters
 
+from mlserver_hftasks.codecs.request import EXPLAIN
 from mlserver_hftasks.codecs.response import RESULT_NAME
+from mlserver_hftasks.explain.options import ExplainOptions
+from mlserver_hftasks.explain.tensors import HTML_NAME, OUTPUTS
 from mlserver_hftasks.loading import Served
-from mlserver_hftasks.tasks.signature import Signature
+from mlserver_hftasks.runtime.explaining import AnsweringService
+from mlserver_hftasks.tasks.signature import OutputSpec, Signature
 
+_EXPLAIN_SCHEMA = {
+    "type": "string",
+    "description": "explain too: true, the name of a method, or an object of options as JSON",
+}
 _DATATYPES = (("integer", "INT64"), ("number", "FP32"), ("boolean", "BOOL"))
 
 
-def described(response: MetadataModelResponse, served: Served) -> MetadataModelResponse:
-    """MLServer's own answer, with what is served and how."""
+def described(
+    response: MetadataModelResponse, service: AnsweringService, served: Served | None
+) -> MetadataModelResponse:
+    """MLServer's own answer, with what is served and how; None is served by who explains another model."""
+    explains = bool(service.methods)
+    response.inputs, response.outputs = tensors_of(service.signature, service.mode, explains=explains)
+    own: dict[str, Any] = {"mode": service.mode}
+    if explains:
+        own["explain_methods"] = ", ".join(service.methods)
+        own["explain_outputs"] = ", ".join(spec.name for spec in OUTPUTS)
+    if served is None:
+        response.platform = response.platform or "v2"
+        response.parameters = V2Parameters(**own)
+        return response
     how = served.description
     response.platform = response.platform or "transformers"
-    response.inputs = input_tensors(served.task.signature)
-    response.outputs = output_tensors(served.task.signature)
     response.parameters = V2Parameters(
         task=served.task.name,
         backend=how.backend,
@@ -28,6 +46,7 @@ def described(response: MetadataModelResponse, served: Served) -> MetadataModelR
         packing=how.packing,
         max_length=served.task.model.encoder.max_tokens,
         **_of_generation(served),
+        **own,
     )
     return response
 
@@ -38,6 +57,27 @@ def _of_generation(served: Served) -> dict[str, Any]:
     limits = served.task.model.limits
     found: dict[str, Any] = {"max_new_tokens": limits.max_new_tokens}
     return found if served.decoder is None else {**found, "kv_cache_tokens": limits.cache_tokens}
+
+
+def tensors_of(
+    signature: Signature, mode: str, *, explains: bool
+) -> tuple[list[MetadataTensor], list[MetadataTensor]]:
+    """Inputs and outputs of a model in that mode.
+
+    Of a model that predicts, the outputs are those of predictions: an explanation's can be named only in a
+    request that asks for one.
+    """
+    inputs = input_tensors(signature)
+    if mode == EXPLAIN:
+        options = ExplainOptions.model_json_schema()["properties"]
+        own = [tensor for tensor in inputs if tensor.name not in options]
+        return [*own, *(_parameter(name, options[name]) for name in options)], explanation_tensors()
+    return inputs + [_parameter(EXPLAIN, _EXPLAIN_SCHEMA)] * explains, output_tensors(signature)
+
+
+def explanation_tensors() -> list[MetadataTensor]:
+    """The outputs of an explanation; all but one are there in a request that names none."""
+    return [_typed(spec, default=spec.name != HTML_NAME) for spec in OUTPUTS]
 
 
 def input_tensors(signature: Signature) -> list[MetadataTensor]:
@@ -68,20 +108,20 @@ def output_tensors(signature: Signature) -> list[MetadataTensor]:
             content_type="hg_jsonlist", default=True, description="one JSON text per result"
         ),
     )
-    typed = [
-        MetadataTensor(
-            name=spec.name,
-            datatype=spec.datatype,
-            shape=list(spec.shape),
-            parameters=V2Parameters(
-                content_type="str" if spec.datatype == "BYTES" else "np",
-                default=False,
-                description=spec.description,
-            ),
-        )
-        for spec in signature.outputs
-    ]
-    return [result, *typed]
+    return [result, *(_typed(spec, default=False) for spec in signature.outputs)]
+
+
+def _typed(spec: OutputSpec, *, default: bool) -> MetadataTensor:
+    return MetadataTensor(
+        name=spec.name,
+        datatype=spec.datatype,
+        shape=list(spec.shape),
+        parameters=V2Parameters(
+            content_type="str" if spec.datatype == "BYTES" else "np",
+            default=default,
+            description=spec.description,
+        ),
+    )
 
 
 def _parameter(name: str, schema: dict[str, Any]) -> MetadataTensor:

@@ -13,21 +13,18 @@ import mlserver
 from mlserver.errors import MLServerError
 from mlserver.types import InferenceRequest, InferenceResponse, MetadataModelResponse, Parameters
 
-from mlserver_hftasks.engine.batcher import Batcher
 from mlserver_hftasks.engine.cost import CostModel
-from mlserver_hftasks.engine.generator import Generator
-from mlserver_hftasks.engine.scheduler import Scheduler
-from mlserver_hftasks.engine.steps import StepScheduler
 from mlserver_hftasks.engine.warmup import warm_up
 from mlserver_hftasks.errors import ForwardFailed, HFTasksError, Unavailable
 from mlserver_hftasks.loading import Served, load, memory, probe_rows
 from mlserver_hftasks.loading.threads import set_torch_threads
 from mlserver_hftasks.metrics import ModelMetrics
-from mlserver_hftasks.runtime.configuration import limits_of, settings_of, step_limits_of, take_over_batching
-from mlserver_hftasks.runtime.generation import GenerationService
+from mlserver_hftasks.runtime.assembly import answering, explaining_another
+from mlserver_hftasks.runtime.configuration import settings_of, take_over_batching
+from mlserver_hftasks.runtime.explaining import AnsweringService
 from mlserver_hftasks.runtime.metadata import described
 from mlserver_hftasks.runtime.server import as_mlserver_error, limit_body, prepare_server
-from mlserver_hftasks.runtime.service import Reply, RowService, Service
+from mlserver_hftasks.runtime.service import Reply
 from mlserver_hftasks.settings import Settings
 
 logger = logging.getLogger("mlserver.hftasks")
@@ -52,7 +49,7 @@ class HFTasksRuntime(mlserver.MLModel):
         limit_body(settings.name, self._hf_settings.max_body_bytes)
         super().__init__(settings)
         self._served: Served | None = None
-        self._service: Service | None = None
+        self._service: AnsweringService | None = None
         self._in_flight = 0
         self._drained = asyncio.Event()
 
@@ -61,12 +58,20 @@ class HFTasksRuntime(mlserver.MLModel):
     async def load(self) -> bool:
         """Load the model off the event loop, warm it up, start its device thread."""
         settings, cost = self._hf_settings, CostModel()
+        self._metrics = ModelMetrics(self.name, self.version)
+        if settings.infer_uri is not None:
+            self._service = explaining_another(settings, settings.infer_uri, self._metrics)
+            logger.info(
+                "loaded model=%s version=%s explains=%s", self.name, self.version or "-", settings.infer_uri
+            )
+            return True
         try:
             served = await asyncio.to_thread(_load, settings, cost)
+            threads = functools.partial(set_torch_threads, settings)
+            self._service = answering(self.name, settings, served, cost, self._metrics, threads)
         except HFTasksError as error:
             raise as_mlserver_error(error) from None
-        self._metrics = ModelMetrics(self.name, self.version)
-        self._served, self._service = served, self._make_service(served, cost)
+        self._served = served
         self._log_loaded(served, cost)
         return True
 
@@ -74,14 +79,15 @@ class HFTasksRuntime(mlserver.MLModel):
         """Answer what is in flight, then give the memory back."""
         service, served = self._service, self._served
         self._service = self._served = None
-        if service is None or served is None:
+        if service is None:
             return True
         if self._in_flight:
             self._drained.clear()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._drained.wait(), DRAIN_SECONDS)
         await service.close()
-        served.close()
+        if served is not None:
+            served.close()
         del served, service
         await asyncio.to_thread(memory.give_back)
         return True
@@ -89,7 +95,9 @@ class HFTasksRuntime(mlserver.MLModel):
     async def metadata(self) -> MetadataModelResponse:
         """Inputs, parameters and outputs of the task, and how the model is run."""
         response = await super().metadata()
-        return response if self._served is None else described(response, self._served)
+        if self._service is None:
+            return response
+        return described(response, self._service, self._served)
 
     # -- requests --------------------------------------------------------------------------------
 
@@ -119,7 +127,7 @@ class HFTasksRuntime(mlserver.MLModel):
             said = {"error": str(error), "status_code": error.status_code, "finish_reason": "error"}
             yield self._response(Reply([], said))
 
-    def _ready_service(self) -> Service:
+    def _ready_service(self) -> AnsweringService:
         if self._service is None:
             raise Unavailable(f"the model '{self.name}' is not loaded, expected a model that is ready")
         return self._service
@@ -130,35 +138,6 @@ class HFTasksRuntime(mlserver.MLModel):
             model_version=self.version,
             outputs=reply.outputs,
             parameters=Parameters(**reply.parameters) if reply.parameters else None,
-        )
-
-    def _make_service(self, served: Served, cost: CostModel) -> Service:
-        settings = self._hf_settings
-        threads = functools.partial(set_torch_threads, settings)
-        batcher = Batcher(
-            served.backend,
-            Scheduler(limits_of(settings), cost, padded=served.backend.padded),
-            on_thread_start=threads,
-            observe=self._metrics.batch_ran,
-            observe_queue=self._metrics.queued,
-            name=self.name,
-        )
-        if served.decoder is None:
-            return RowService(served.task, settings.timeout_ms, batcher)
-        limits = step_limits_of(settings, served.decoder.description.device)
-        generator = Generator(
-            served.decoder,
-            StepScheduler(limits, served.decoder.cache_tokens),
-            on_thread_start=threads,
-            observe=self._metrics.step_ran,
-            name=f"{self.name}-steps",
-        )
-        return GenerationService(
-            served.task,  # type: ignore[arg-type]
-            settings.timeout_ms,
-            generator,
-            batcher,
-            stream_interval=settings.stream_interval,
         )
 
     @contextmanager

@@ -13,6 +13,7 @@
 - a request for a model that is still loading is a 503 (MLServer says 400);
 - an error that crosses from a worker keeps its message (MLServer puts the class before it);
 - what a client did wrong is not logged with a traceback;
+- the REST server has the routes of explanations (`routes`);
 - threads hand the interpreter over sooner.
 
 The changes touch requests to models of this package only, save the first and the last.
@@ -51,6 +52,7 @@ from starlette.responses import StreamingResponse
 from mlserver_hftasks.codecs.envelope import check_envelope, check_id
 from mlserver_hftasks.codecs.request import PROTOCOL_PARAMETERS, STREAMED
 from mlserver_hftasks.errors import HFTasksError, InvalidSettings, Overloaded
+from mlserver_hftasks.runtime.routes import add_routes_with_models
 
 GRPC_CODES = {
     413: grpc.StatusCode.INVALID_ARGUMENT,
@@ -151,6 +153,7 @@ def prepare_server() -> None:
     mlserver.handlers.dataplane.ModelNotReady = _not_ready
     _mark_streams_to_workers()
     _refuse_bad_messages()
+    add_routes_with_models(_body_limits.__contains__, as_mlserver_error)
 
 
 def _mark_streams_to_workers() -> None:

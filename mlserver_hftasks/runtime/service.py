@@ -52,7 +52,7 @@ class Service(ABC):
     def __init__(self, task: Task[Any], timeout_ms: float | None) -> None:
         self.task = task
         self._timeout_ms = timeout_ms
-        self._names = _names_of(task.signature)
+        self._names = names_of(task.signature)
 
     async def answer(self, payload: InferenceRequest) -> Reply:
         """The answer to a request. Raises `HFTasksError`."""
@@ -90,8 +90,12 @@ class Service(ABC):
         outputs = _encode(self.task, asked.call, asked.parameters, answered)
         return Reply(outputs, self.task.summary(answered, asked.parameters))
 
+    def has_output(self, name: str) -> bool:
+        """Whether a request may name that output."""
+        return name == RESULT_NAME or any(spec.name == name for spec in self.task.signature.outputs)
+
     def _decode(self, payload: InferenceRequest) -> tuple[Call, Parameters]:
-        with _nesting_checked():
+        with nesting_checked():
             call = decode_request(payload, self._names)
             for name in call.outputs:
                 if name != RESULT_NAME:
@@ -99,7 +103,7 @@ class Service(ABC):
             return call, self.task.signature.parse(call.parameters)
 
     def _examples(self, call: Call, parameters: Parameters) -> list[Example]:
-        with _nesting_checked():
+        with nesting_checked():
             return self.task.examples(call.inputs, parameters)
 
 
@@ -135,7 +139,8 @@ async def run_rows(batcher: Batcher, examples: list[Example], deadline: Deadline
 
 
 @contextmanager
-def _nesting_checked() -> Iterator[None]:
+def nesting_checked() -> Iterator[None]:
+    """Recursion that went too deep is the fault of who nested so deeply."""
     try:
         yield
     except RecursionError:
@@ -185,7 +190,8 @@ def _regroup(examples: list[Example], outputs: list[Outputs]) -> list[Answered]:
     return [Answered(example, [next(remaining) for _ in example.rows]) for example in examples]
 
 
-def _names_of(signature: Signature) -> Names:
+def names_of(signature: Signature) -> Names:
+    """What the names in a request mean to a task."""
     inputs = {name: spec.name for spec in signature.inputs for name in (spec.name, *spec.aliases)}
     fields = signature.parameters.model_fields
     lists = {name for name, field in fields.items() if _may_be_list(field.annotation)}

@@ -53,6 +53,8 @@ class ModelFacts:
     """The model's `transformers.GenerationConfig`, for tasks that generate."""
     folder: str | None = None
     """Local folder of the model's files, where there is one."""
+    steps: bool = True
+    """Whether a generating engine can step through the model; else `generate()` runs all of it."""
     asked_as: str = ""
     """The task as the settings name it, which may say more than its own name: `translation_en_to_fr`."""
 

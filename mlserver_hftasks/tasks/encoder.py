@@ -63,6 +63,34 @@ class _SlowEncoding:
     overflowing: tuple[()] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What a row was made from, for those who must say of what text its tokens are."""
+
+    encoding: Any
+    """An `Encoding`, or one of a tokenizer in Python."""
+    text: TextOrPair
+    positions: IntArray | None = None
+    """Which tokens of the encoding the row has; None: all."""
+
+
+class _Traced:
+    """An encoding that knows its text."""
+
+    __slots__ = ("encoding", "text")
+
+    def __init__(self, encoding: Any, text: TextOrPair) -> None:
+        self.encoding = encoding
+        self.text = text
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.encoding, name)
+
+    @property
+    def overflowing(self) -> list[Any]:
+        return [_Traced(piece, self.text) for piece in self.encoding.overflowing]
+
+
 class Encoder:
     """Encodes texts for a model that takes at most `max_tokens` tokens. Thread-safe."""
 
@@ -107,7 +135,8 @@ class Encoder:
                         )
         for index, encoding in enumerate(encodings):
             self.check_length(len(encoding.ids), f"{where}[{index}]", limited=limited)
-        return encodings
+        traced: list[Any] = [_Traced(encoding, text) for encoding, text in zip(encodings, texts, strict=True)]
+        return traced
 
     def encode_as_fits(self, texts: Sequence[str]) -> list[Encoding]:
         """One encoding per text, cut to what the model takes."""
@@ -118,7 +147,8 @@ class Encoder:
         arrays = {"input_ids": np.asarray(encoding.ids, dtype=np.int64)}
         if self._takes_types:
             arrays["token_type_ids"] = np.asarray(encoding.type_ids, dtype=np.int64)
-        return Row(arrays, key, select)
+        source = Source(encoding.encoding, encoding.text) if isinstance(encoding, _Traced) else None
+        return Row(arrays, key, select, source=source)
 
     def special_tokens(self, *, pair: bool = False) -> int:
         """How many special tokens a text or a pair gets."""

@@ -147,6 +147,13 @@ class FillMask(Task[FillMaskParameters]):
         row = self.model.encoder.row(encoding, select=positions)
         return Example((row,), Blanks(ids, positions, targets))
 
+    def target_id(self, target: str, where: str) -> int:
+        """The token that a target names. Raises `InvalidRequest` if that is none."""
+        found = self._target_id(self.text(target, where))
+        if found is None:
+            raise InvalidRequest(f"no token in {target!r:.60}, expected one @ {where}")
+        return found
+
     def _target_ids(self, targets: Sequence[str]) -> IntArray:
         ids = {self._target_id(self.text(target, f"targets[{i}]")) for i, target in enumerate(targets)}
         ids.discard(None)

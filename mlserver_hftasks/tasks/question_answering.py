@@ -277,6 +277,27 @@ class QuestionAnswering(Task[QuestionAnsweringParameters]):
             found.append({"score": score, "start": 0, "end": 0, "answer": ""})
         return sorted(found, key=lambda answer: -answer["score"])[: parameters.answers]
 
+    def best_span(self, answered: Answered, parameters: QuestionAnsweringParameters) -> tuple[Row, int, int]:
+        """The window with the best answer, as its row, and the answer's first and last token there.
+
+        The CLS token, or the first, where there is no answer, or none is likelier and may be given.
+        """
+        passage: Passage = answered.example.context
+        best, no_answer = (0.0, answered.example.rows[0], 0, 0), 1.0
+        for row, window, outputs in zip(
+            answered.example.rows, passage.windows, answered.outputs, strict=True
+        ):
+            start, end, cls = self._probabilities(row, window, outputs)
+            no_answer = min(no_answer, cls)
+            first, last, score = best_spans(start, end, parameters.max_answer_len or 15, 1)
+            if len(score) and score[0] > best[0]:
+                best = float(score[0]), row, window.offset + int(first[0]), window.offset + int(last[0])
+        of_best, row, begins, ends = best
+        if of_best > 0 and not (parameters.handle_impossible_answer and no_answer > of_best):
+            return row, begins, ends
+        place = int((row.arrays["input_ids"] == self._cls_token_id).argmax())
+        return row, place, place
+
     def _probabilities(self, row: Row, window: Window, outputs: Outputs) -> tuple[Any, Any, float]:
         """Of starting and of ending at each context token of the window, and of there being no answer.
 

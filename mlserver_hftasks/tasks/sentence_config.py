@@ -46,12 +46,13 @@ class Dense:
     weight: FloatArray
     """[out, in]"""
     bias: FloatArray | None
-    activation: Callable[[FloatArray], FloatArray]
+    activation: str
+    """A name in `_ACTIVATIONS`."""
 
     def __call__(self, embedding: FloatArray) -> FloatArray:
         """[in] -> [out]."""
         values = self.weight @ embedding
-        return self.activation(values if self.bias is None else values + self.bias)
+        return _ACTIVATIONS[self.activation](values if self.bias is None else values + self.bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +144,7 @@ def _dense(folder: Path) -> Dense:
     if not path.is_file():
         raise InvalidSettings(f"no safetensors, expected the weights of the Dense module @ {_place(path)}")
     weights = _load_float32(path)
-    return Dense(weights["linear.weight"], weights.get("linear.bias"), _ACTIVATIONS[name])
+    return Dense(weights["linear.weight"], weights.get("linear.bias"), name)
 
 
 def _load_float32(path: Path) -> dict[str, FloatArray]:

@@ -14,7 +14,7 @@ from mlserver_hftasks.engine.rows import FloatArray, Row
 from mlserver_hftasks.errors import InvalidRequest, did_you_mean
 from mlserver_hftasks.tasks.base import Answered, Example, ModelFacts, Task
 from mlserver_hftasks.tasks.encoder import Encoding, Truncation
-from mlserver_hftasks.tasks.sentence_config import PoolingMode, read_sentence_config
+from mlserver_hftasks.tasks.sentence_config import Dense, PoolingMode, read_sentence_config
 from mlserver_hftasks.tasks.signature import OutputSpec, Signature, Tensor
 from mlserver_hftasks.tasks.text import TEXTS, TextParameters, truncation_of
 
@@ -64,21 +64,21 @@ class SentenceEmbedding(Task[SentenceEmbeddingParameters]):
         if self._config.lower_case:
             texts = [text.lower() for text in texts]
         encodings = self.model.encoder.encode(texts, self._truncation(parameters))
-        pooling = self._pooling(parameters)
+        pooling = self.pooling(parameters)
         return [Example((self._row(encoding, pooling),)) for encoding in encodings]
 
     def postprocess(self, answered: Answered, parameters: SentenceEmbeddingParameters) -> FloatArray:
         """[hidden], or what `truncate_dim` leaves of it."""
         states = answered.outputs[0]["last_hidden_state"]
         vector: FloatArray
-        pooling = self._pooling(parameters)
+        pooling = self.pooling(parameters)
         if pooling == "mean":
             vector = states.mean(axis=0)
         elif pooling == "max":
             vector = states.max(axis=0)
         else:
             vector = states[0]  # the one position that the row selects
-        for layer in self._config.dense:
+        for layer in self.dense:
             vector = layer(vector)
         vector = vector[: parameters.truncate_dim]
         if self._config.normalize if parameters.normalize is None else parameters.normalize:
@@ -100,7 +100,13 @@ class SentenceEmbedding(Task[SentenceEmbeddingParameters]):
             for name in names
         }
 
-    def _pooling(self, parameters: SentenceEmbeddingParameters) -> PoolingMode:
+    @property
+    def dense(self) -> tuple[Dense, ...]:
+        """The layers after pooling."""
+        return self._config.dense
+
+    def pooling(self, parameters: SentenceEmbeddingParameters) -> PoolingMode:
+        """How a request pools."""
         return parameters.pooling or self._config.pooling
 
     def _row(self, encoding: Encoding, pooling: PoolingMode) -> Row:

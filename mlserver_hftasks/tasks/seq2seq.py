@@ -38,6 +38,10 @@ TEXT = "generated_text"
 class Seq2SeqParameters(GenerationParameters):
     """Parameters of transformers 4's `Text2TextGenerationPipeline`; `max_length` is that of the answer."""
 
+    max_length: int | None = Field(
+        None, ge=1, description="most tokens of an answer, the one that it begins with included"
+    )
+    min_length: int | None = Field(None, ge=0, description="no end before so many tokens, see max_length")
     truncation: TruncationChoice | None = Field(
         None, description="cut texts that are too long: true, or a strategy of transformers"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -43,15 +43,10 @@ class Tensor:
     values: npt.NDArray[Any]
 
 
-class Parameters(BaseModel):
-    """Parameters that every task takes, each per request. Subclasses add their task's own.
-
-    Frozen, unknown names refused. What a client sends reaches a task through such a model only.
-    """
+class CheckedModel(BaseModel):
+    """What a client sends by name, checked. Frozen, unknown names refused, no boolean counts as a number."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    timeout_ms: float | None = Field(None, gt=0, description="give up after this many milliseconds (504)")
 
     @field_validator("*", mode="before")
     @classmethod
@@ -59,6 +54,18 @@ class Parameters(BaseModel):
         if isinstance(value, bool) and not _takes(cls.model_fields[info.field_name or ""].annotation, bool):
             raise ValueError("no boolean")
         return value
+
+
+class Parameters(CheckedModel):
+    """Parameters that every task takes, each per request. Subclasses add their task's own.
+
+    What a client sends reaches a task through such a model only.
+    """
+
+    timeout_ms: float | None = Field(None, gt=0, description="give up after this many milliseconds (504)")
+
+
+M = TypeVar("M", bound=CheckedModel)
 
 
 def _takes(annotation: Any, kind: type) -> bool:
@@ -87,10 +94,7 @@ class Signature:
 
     def parse(self, values: dict[str, Any]) -> Parameters:
         """The checked parameters. Raises `InvalidRequest` naming the first that is wrong."""
-        try:
-            return self.parameters.model_validate(values)
-        except ValidationError as error:
-            raise InvalidRequest(_explain(error, self.known_names())) from None
+        return validated(self.parameters, values, self.known_names())
 
     def known_names(self) -> list[str]:
         """Every name that an input tensor may have."""
@@ -98,17 +102,37 @@ class Signature:
         return names + list(self.parameters.model_fields)
 
 
-def _explain(error: ValidationError, known: Sequence[str]) -> str:
+def validated(
+    kind: type[M],
+    values: dict[str, Any],
+    known: Sequence[str],
+    *,
+    what: str = "input or parameter",
+    where: str = "",
+) -> M:
+    """The checked model of the values, which came as `where`.
+
+    Raises `InvalidRequest` naming the first that is wrong; `known` names help with one that is unknown.
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        message, place = _explain(error, known, what)
+        raise InvalidRequest(f"{message} @ {where}.{place}" if where else f"{message} @ {place}") from None
+
+
+def _explain(error: ValidationError, known: Sequence[str], what: str) -> tuple[str, str]:
+    """What is wrong and what was expected, and where."""
     errors = error.errors(include_url=False, include_context=False)
     first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
     name = str(first["loc"][0]) if first["loc"] else "parameters"
     where = ".".join(str(part) for part in first["loc"] if not _is_type_name(part)) or name
     if first["type"] == "extra_forbidden":
-        return f"unknown input or parameter '{name}', {did_you_mean(name, known)} @ {where}"
+        return f"unknown {what} '{name}', {did_you_mean(name, known)}", where
     if first["type"] == "missing":
-        return f"no {name}, but it is required @ {where}"
+        return f"no {name}, but it is required", where
     message = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    return f"got {_shown(first['input'])}, expected: {message[0].lower()}{message[1:]} @ {where}"
+    return f"got {_shown(first['input'])}, expected: {message[0].lower()}{message[1:]}", where
 
 
 def _is_type_name(part: int | str) -> bool:

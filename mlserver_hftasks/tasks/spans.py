@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy.typing as npt
 from numpy.lib.stride_tricks import sliding_window_view
 
 from mlserver_hftasks.engine.rows import FloatArray, IntArray, Row
+from mlserver_hftasks.tasks.encoder import Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,10 @@ def cut(row: Row, begin: int, end: int, start: int, stop: int) -> Row:
         name: np.concatenate([values[:begin], values[begin + start : begin + stop], values[end:]])
         for name, values in row.arrays.items()
     }
-    return Row(arrays, row.key)
+    source = row.source
+    if isinstance(source, Source):
+        source = replace(source, positions=np.r_[:begin, begin + start : begin + stop, end : row.cost])
+    return Row(arrays, row.key, source=source)
 
 
 def word_bounds(word_ids: Sequence[int | None]) -> tuple[IntArray, IntArray]:

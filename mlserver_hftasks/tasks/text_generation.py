@@ -107,7 +107,8 @@ class TextGeneration(Task[TextGenerationParameters]):
         sources = self._sources(inputs)
         where = "messages" if "messages" in inputs else "text_inputs"
         tokens = self._tokens(sources, parameters, where)
-        choose = self._rows if self._choices.needs_generate(parameters) else self._prompts
+        whole = self._choices.needs_generate(parameters) or not self.model.steps
+        choose = self._rows if whole else self._prompts
         return [
             choose(source, ids, parameters, f"{where}[{index}]")
             for index, (source, ids) in enumerate(zip(sources, tokens, strict=True))
@@ -242,7 +243,7 @@ class TextGeneration(Task[TextGenerationParameters]):
             logprobs=bool(parameters.logprobs),
         )
         return Example(
-            (Row({"input_ids": tokens}, key, None, decoding),), PromptContext(source, tokens, None)
+            (Row({"input_ids": tokens}, key, decoding=decoding),), PromptContext(source, tokens, None)
         )
 
     # -- answers ---------------------------------------------------------------------------------

@@ -108,8 +108,8 @@ class ZeroShotClassification(Task[ZeroShotClassificationParameters]):
 
     def __init__(self, model: ModelFacts) -> None:
         super().__init__(model)
-        self._entailment = entailment_id(model)
-        self._contradiction = -1 if self._entailment == 0 else 0
+        self.entailment = entailment_id(model)
+        self._contradiction = -1 if self.entailment == 0 else 0
 
     def examples(
         self, inputs: Mapping[str, Sequence[Any]], parameters: ZeroShotClassificationParameters
@@ -129,7 +129,7 @@ class ZeroShotClassification(Task[ZeroShotClassificationParameters]):
 
     def postprocess(self, answered: Answered, parameters: ZeroShotClassificationParameters) -> Any:
         """One dict, the labels best first."""
-        scores = self._scores(_logits(answered), parameters)
+        scores = self.label_scores(answered, parameters)
         order = _best_first(scores)
         return {
             "sequence": answered.example.context,
@@ -153,6 +153,10 @@ class ZeroShotClassification(Task[ZeroShotClassificationParameters]):
             "logits": Tensor("FP32", logits),
         }
         return {name: made[name] for name in names}
+
+    def label_scores(self, answered: Answered, parameters: ZeroShotClassificationParameters) -> FloatArray:
+        """The scores of an item's labels, in the client's order: [labels]."""
+        return self._scores(_logits(answered), parameters)
 
     def _hypotheses(self, parameters: ZeroShotClassificationParameters) -> list[str]:
         """The sentence of each label."""
@@ -185,9 +189,9 @@ class ZeroShotClassification(Task[ZeroShotClassificationParameters]):
     def _scores(self, logits: FloatArray, parameters: ZeroShotClassificationParameters) -> FloatArray:
         """From logits [..., labels, classes] to scores [..., labels]."""
         if parameters.independent:
-            scores: FloatArray = softmax(logits[..., [self._contradiction, self._entailment]])[..., 1]
+            scores: FloatArray = softmax(logits[..., [self._contradiction, self.entailment]])[..., 1]
             return scores
-        return softmax(logits[..., self._entailment])
+        return softmax(logits[..., self.entailment])
 
 
 def entailment_id(model: ModelFacts) -> int:

@@ -20,7 +20,8 @@ from mlserver_hftasks.backends.generate import (
 )
 from mlserver_hftasks.engine.rows import Decoding, Outputs, Row
 from mlserver_hftasks.engine.sequences import FinishReason
-from tests import tiny
+from mlserver_hftasks.loading import serve
+from tests import harness, tiny
 
 CPU = torch.device("cpu")
 DECODERS = ("gpt2", "llama")
@@ -286,6 +287,19 @@ def test_rows_that_say_nothing_are_continued_a_little() -> None:
     made = backend("t5").forward([Row({"input_ids": ids}) for ids in prompts("t5")])
     assert all(1 <= outputs["lengths"][0] <= 8 for outputs in made)
     assert made[0]["sequences"].dtype == made[0]["lengths"].dtype == made[0]["finish"].dtype == np.int64
+
+
+def test_all_of_a_model_that_cannot_be_stepped_runs_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "decoder_of", lambda *arguments: None)
+    served = harness.serve(tiny.folder("gpt2", "causal"), "text-generation")
+    assert served.decoder is None
+    texts = ["This is", "Two ferries left for Morrow at"]
+    made = harness.results(served, {"text_inputs": texts}, max_length=20, return_full_text=False)
+    for text, (answer,) in zip(texts, made, strict=True):
+        ids = tiny.tokenizer_of("gpt2")(text, return_tensors="np")["input_ids"][0]
+        (wanted,) = generated("gpt2", ids, max_length=20, pad_token_id=0)
+        wanted = tiny.tokenizer_of("gpt2").decode(wanted, skip_special_tokens=True)
+        assert answer["generated_text"] == wanted
 
 
 def test_a_twin_shares_weights_and_nothing_else() -> None:

@@ -18,6 +18,8 @@ from tests.server.v2 import Metrics, at_once, eventually, tensor, texts
 TABLE = re.findall(r"^\| `(\w+)` \| (\w+) \|", documented.__doc__ or "", re.MULTILINE)
 """Names and kinds as the module's docstring lists them."""
 HISTOGRAMS = [name for name, kind in TABLE if kind == "histogram"]
+OF_GENERATION = {f"hftasks_{name}_seconds" for name in ("time_to_first_token", "token_gap", "step")}
+"""A model that classifies does not move them."""
 
 
 def difference(after: Metrics, before: Metrics, model: str) -> Callable[..., float]:
@@ -32,6 +34,7 @@ def test_the_table_is_read() -> None:
 def test_all_documented_metrics_are_served(some_server: Server) -> None:
     some_server.results("sentiment", texts("a"))
     some_server.infer("sentiment", texts("a"), top_k=0)
+    some_server.infer("sentiment", texts("a"), explain=True)
     families = some_server.metrics().kinds
     for name, kind in TABLE:
         assert families.get(name.removesuffix("_total")) == kind, name
@@ -62,12 +65,25 @@ def test_batches_are_measured(some_server: Server) -> None:
     assert some_server.metrics().value("hftasks_queue_rows", "sentiment") == 0
 
 
+def test_explanations_are_measured(some_server: Server) -> None:
+    before = some_server.metrics()
+    some_server.infer(
+        "sentiment", texts("I loved this film", "a"), explain={"tolerance": 1e-6, "max_evals": 4}
+    )
+    moved = difference(some_server.metrics(), before, "sentiment")
+    assert moved("hftasks_explain_seconds_count") == 1
+    assert moved("hftasks_explain_seconds_sum") > 0
+    assert moved("hftasks_explain_evaluations_count") == 2
+    assert 0 < moved("hftasks_explain_evaluations_sum") <= 8
+    assert moved("hftasks_explain_unconverged_total") >= 1
+
+
 def test_histograms_are_cumulative(some_server: Server) -> None:
-    some_server.results("sentiment", texts("a"))
+    some_server.infer("sentiment", texts("a"), explain=True)
     scraped = some_server.metrics()
     for name in HISTOGRAMS:
         count = scraped.value(f"{name}_count", "sentiment")
-        assert count > 0
+        assert (count > 0) is (name not in OF_GENERATION)
         assert scraped.value(f"{name}_bucket", "sentiment", le="+Inf") == count
 
 

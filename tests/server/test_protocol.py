@@ -188,7 +188,9 @@ def test_metadata_of_text_classification(server: Server) -> None:
 def test_metadata_is_the_signature_of_the_task(server: Server, model: str) -> None:
     metadata = server.client.get(f"/v2/models/{model}").json()
     signature = task_class(metadata["parameters"]["task"]).signature
-    assert [entry["name"] for entry in metadata["inputs"]] == signature.known_names()
+    names = [entry["name"] for entry in metadata["inputs"]]
+    explains = ["explain"] if "explain_methods" in metadata["parameters"] else []
+    assert names == [*signature.known_names(), *explains]
     outputs = [(entry["name"], entry["datatype"], tuple(entry["shape"])) for entry in metadata["outputs"]]
     typed = [(spec.name, spec.datatype, spec.shape) for spec in signature.outputs]
     assert outputs == [("output", "BYTES", (-1, 1)), *typed]

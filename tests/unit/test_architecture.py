@@ -16,8 +16,8 @@ STOREYS = (
     {"engine"},
     {"backends"},
     {"tasks", "export"},
-    {"metrics", "loading", "codecs"},
-    {"runtime"},
+    {"metrics", "loading", "codecs", "explain"},
+    {"runtime", "client"},
     {"__init__"},
     {"cli"},
 )

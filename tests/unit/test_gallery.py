@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from mlserver_hftasks.explain.options import ExplainOptions
 from mlserver_hftasks.settings import read_settings
 from mlserver_hftasks.tasks.registry import TASKS, canonical_name
 
@@ -18,8 +19,10 @@ def test_the_settings_are_valid(path: Path) -> None:
     assert content["name"] == path.parent.name
     assert content["implementation"] == "mlserver_hftasks.HFTasksRuntime"
     settings = read_settings(content["parameters"]["extra"], {})
-    assert canonical_name(settings.task or "") in TASKS
-    assert settings.pretrained_model
+    if settings.infer_uri is None:
+        assert canonical_name(settings.task or "") in TASKS
+        assert settings.pretrained_model
+    ExplainOptions.read(settings.explain)
 
 
 def test_every_task_has_one() -> None:

@@ -14,6 +14,15 @@ def unit(**values: tuple[str, Any]) -> dict[str, str]:
     return {"PREDICTIVE_UNIT_PARAMETERS": json.dumps(parameters)}
 
 
+def test_infer_uri_means_the_mode() -> None:
+    uri = "http://localhost:8080/v2/models/m/infer"
+    assert read_settings({"infer_uri": uri}, {}).mode == "explain"
+    assert read_settings({"infer_uri": "null"}, {}).mode == "infer"
+    assert read_settings({"explain": '{"method": "occlusion"}'}, {}).explain == {"method": "occlusion"}
+    with pytest.raises(InvalidSettings, match='expected "mode": "explain"'):
+        read_settings({"infer_uri": uri, "mode": "infer"}, {})
+
+
 def test_precedence() -> None:
     environment = {"MLSERVER_MODEL_HUGGINGFACE_TASK": "fill-mask", "mlserver_model_huggingface_device": "0"}
     defaults = {"pretrained_model": "from-uri", "device": -1}

@@ -1,0 +1,105 @@
+"""Heat maps in a terminal. Colours are never alone: what speaks against is underlined, and numbers follow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from mlserver_hftasks.explain.reading import Reading, Target, Word
+from mlserver_hftasks.explain.scale import AGAINST, FOR, Scale
+
+BAR_CELLS = 24
+SHOWN_WORDS = 10
+VISIBLE_SHARE = 0.04
+"""A word whose share of the largest attribution is less has no colour."""
+
+
+def heat_maps(reading: Reading) -> Iterator[RenderableType]:
+    """One panel per target of an explanation."""
+    if not reading.targets:
+        yield Panel(Text(" ".join(reading.texts)), title="nothing to explain", title_align="left")
+    for index, target in enumerate(reading.targets):
+        yield _panel(reading, target, reading.words(index))
+
+
+def _panel(reading: Reading, target: Target, words: Sequence[Word]) -> Panel:
+    scale = Scale(word.attribution for word in words)
+    parts: list[RenderableType] = [_numbers(target, scale)]
+    if not target.converged:
+        missed = scale.number(target.delta)
+        parts.append(Text(f"Not converged: the numbers miss the score by {missed}.", "yellow"))
+    for _, own in groupby(words, key=lambda word: word.sequence):
+        parts.append(Padding(_coloured(reading, list(own), scale), (1, 0, 0, 0)))
+    parts.append(Padding(_table(words, scale), (1, 0, 0, 0)))
+    how = f"{reading.method}, baseline {reading.baseline}, {reading.evaluations} evaluations"
+    return Panel(
+        Group(*parts),
+        title=Text.assemble("Why ", (target.label, "bold"), "?"),
+        title_align="left",
+        subtitle=Text(how, "dim"),
+        subtitle_align="left",
+    )
+
+
+def _numbers(target: Target, scale: Scale) -> Text:
+    total = target.score - target.baseline_score + target.delta
+    pairs = {
+        "score": target.score,
+        "without the words": target.baseline_score,
+        "sum of the words": total,
+        "delta": target.delta,
+    }
+    made = Text()
+    for name, value in pairs.items():
+        made.append(f"{name} ", "dim").append(f"{scale.number(value)}   ")
+    return made
+
+
+def _coloured(reading: Reading, words: Sequence[Word], scale: Scale) -> Text:
+    """The text with its words on colours; words of no known place with a space between."""
+    made, position = Text(), 0
+    for number, word in enumerate(words):
+        if word.start >= 0:
+            made.append(reading.texts[word.sequence][position : word.start])
+            position = word.end
+        elif number:
+            made.append(" ")
+        made.append(word.text, _style(scale.share(word.attribution)))
+    if words and words[-1].start >= 0:
+        made.append(reading.texts[words[-1].sequence][position:])
+    return made
+
+
+def _style(share: float) -> str:
+    if abs(share) < VISIBLE_SHARE:
+        return ""
+    colour = FOR if share > 0 else AGAINST
+    # On white, so that black letters are read on any of them, whatever the terminal's own colours are.
+    red, green, blue = (round(255 + 0.75 * abs(share) * (part - 255)) for part in colour)
+    return f"{'' if share > 0 else 'underline '}black on rgb({red},{green},{blue})"
+
+
+def _table(words: Sequence[Word], scale: Scale) -> Table:
+    table = Table.grid(padding=(0, 2))
+    ordered = sorted(words, key=lambda word: -abs(word.attribution))
+    for word in ordered[:SHOWN_WORDS]:
+        number = Text(scale.number(word.attribution), justify="right")
+        table.add_row(Text(word.text.strip()), number, _bar(scale.share(word.attribution)))
+    if len(ordered) > SHOWN_WORDS:
+        table.add_row(Text(f"{len(ordered) - SHOWN_WORDS} more", "dim"))
+    return table
+
+
+def _bar(share: float) -> Text:
+    """To the left of the middle what speaks against, to the right what speaks for."""
+    half = BAR_CELLS // 2
+    cells = round(half * abs(share))
+    if share < 0:
+        return Text(" " * (half - cells) + "\u2588" * cells, f"rgb({','.join(map(str, AGAINST))})")
+    return Text(" " * half + "\u2588" * cells, f"rgb({','.join(map(str, FOR))})")

@@ -1,0 +1,201 @@
+"""Explains a model that can only be asked: which words of a text its score rests on.
+
+The features are words, since of another server's model the tokens are not known. Absent words are left
+out, or replaced by a text of the settings.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mlserver_hftasks.engine.rows import FloatArray
+from mlserver_hftasks.engine.together import together
+from mlserver_hftasks.errors import ForwardFailed, InvalidRequest, Overloaded, RequestTooLarge
+from mlserver_hftasks.explain.methods.base import Effort, Estimate
+from mlserver_hftasks.explain.methods.masking import MaskMethod, occlusion, permutation_shap
+from mlserver_hftasks.explain.options import ExplainOptions
+from mlserver_hftasks.explain.remote import RemoteModel, Scores
+from mlserver_hftasks.explain.result import BoolArray, Explanation
+from mlserver_hftasks.tasks.base import ItemLimits
+from mlserver_hftasks.tasks.signature import Parameters, Signature
+from mlserver_hftasks.tasks.text import TEXTS
+
+WORD = re.compile(r"\w+(?:['\u2019]\w+)*|[^\w\s]")
+MAX_WORDS = 512
+METHODS = {"permutation-shap": permutation_shap, "occlusion": occlusion}
+DEFAULT_METHOD = "permutation-shap"
+LEFT_OUT = "left out"
+
+SIGNATURE = Signature(inputs=(TEXTS,), parameters=Parameters, outputs=())
+"""What an explainer of another model takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Words:
+    """A text, and where its words are."""
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+
+    def without(self, present: BoolArray, replacement: str) -> str:
+        """The text with those words only; as it is if all are present."""
+        if present.all():
+            return self.text
+        pieces, position = [], 0
+        for (start, end), is_present in zip(self.spans, present.tolist(), strict=True):
+            pieces += [self.text[position:start], self.text[start:end] if is_present else replacement]
+            position = end
+        return " ".join("".join([*pieces, self.text[position:]]).split())
+
+
+class BlackBoxExplainer:
+    """Explains what a `RemoteModel` says of texts. `replacement` stands for an absent word."""
+
+    def __init__(
+        self,
+        model: RemoteModel,
+        *,
+        replacement: str = "",
+        limits: ItemLimits | None = None,
+        max_waiting: int = 256,
+    ) -> None:
+        self._model = model
+        self._replacement = replacement
+        self._limits = limits or ItemLimits()
+        self._max_waiting = max_waiting
+        self._waiting = 0
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods that need no gradients."""
+        return ("auto", *METHODS)
+
+    async def explain(
+        self, inputs: Mapping[str, Sequence[Any]], parameters: Parameters, options: ExplainOptions
+    ) -> list[Explanation]:
+        """One explanation per text. Raises `HFTasksError`."""
+        method = self._method(options)
+        texts = self._texts(inputs.get("inputs", ()))
+        if self._waiting + len(texts) > self._max_waiting:
+            raise Overloaded(
+                f"{self._waiting} texts are being explained and the request brings {len(texts)}, expected at "
+                f"most {self._max_waiting} together @ max_queue_explanations"
+            )
+        until = None
+        if options.deadline_ms is not None:
+            until = asyncio.get_running_loop().time() + options.deadline_ms / 1e3
+        self._waiting += len(texts)
+        try:
+            return await together(self._explain(words, method, options, until) for words in texts)
+        finally:
+            self._waiting -= len(texts)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._model.close()
+
+    async def _explain(
+        self, words: _Words, method: str, options: ExplainOptions, until: float | None
+    ) -> Explanation:
+        # The answer to the text itself says what to explain, whatever the time.
+        (whole,) = await self._model.scores([words.text])
+        if not whole:
+            raise ForwardFailed("no score of the model that is explained, expected some @ infer_uri")
+        label = _target(options.target, whole)
+        run = METHODS[method](len(words.spans), Effort(options.tolerance, options.max_evals))
+        estimate = await self._run(run, words, {words.text: whole}, label, until)
+        return self._explanation(words, method, label, tuple(whole), estimate)
+
+    async def _run(
+        self, method: MaskMethod, words: _Words, known: dict[str, Scores], label: str, until: float | None
+    ) -> Estimate:
+        """Run a method to its end; texts that come out the same are asked for once."""
+        try:
+            masks = next(method)
+            while True:
+                texts = [words.without(mask, self._replacement) for mask in masks]
+                wanted = [text for text in dict.fromkeys(texts) if text not in known]
+                answers = await self._model.scores(wanted, until)
+                known.update(
+                    (text, said) for text, said in zip(wanted, answers, strict=True) if said is not None
+                )
+                masks = method.send([_score(known.get(text), label) for text in texts])
+        except StopIteration as end:
+            estimate: Estimate = end.value
+            return estimate
+
+    def _explanation(
+        self, words: _Words, method: str, label: str, labels: Sequence[str], estimate: Estimate
+    ) -> Explanation:
+        count = len(words.spans)
+        return Explanation(
+            tokens=tuple(words.text[start:end] for start, end in words.spans),
+            offsets=np.array(words.spans, dtype=np.int64).reshape(-1, 2),
+            word_ids=np.arange(count, dtype=np.int64),
+            sequence_ids=np.zeros(count, dtype=np.int64),
+            attributions=estimate.attributions,
+            target=np.array([[-1, int(label) if label.isdecimal() else -1]], dtype=np.int64),
+            target_label=(label,),
+            score=estimate.score,
+            baseline_score=estimate.baseline_score,
+            delta=estimate.delta,
+            converged=estimate.converged,
+            method=method,
+            baseline=self._replacement or LEFT_OUT,
+            evaluations=estimate.evaluations,
+            texts=(words.text,),
+        )
+
+    def _method(self, options: ExplainOptions) -> str:
+        method = DEFAULT_METHOD if options.method == "auto" else options.method
+        if method not in METHODS:
+            raise InvalidRequest(
+                f"got {method}, but of a model on another server there are no gradients, expected one of "
+                f"{', '.join(self.methods)} @ method"
+            )
+        if options.baseline != "auto":
+            raise InvalidRequest(
+                f"got {options.baseline}, expected auto: what stands for an absent word is the setting "
+                "infer_mask @ baseline"
+            )
+        return method
+
+    def _texts(self, values: Sequence[Any]) -> list[_Words]:
+        if not 1 <= len(values) <= self._limits.max_items:
+            raise InvalidRequest(f"{len(values)} texts, expected 1..{self._limits.max_items} @ inputs")
+        return [self._words(value, f"inputs[{index}]") for index, value in enumerate(values)]
+
+    def _words(self, value: Any, where: str) -> _Words:
+        if not isinstance(value, str):
+            raise InvalidRequest(f"got {type(value).__name__} {value!r:.60}, expected a text @ {where}")
+        if len(value) > self._limits.max_text_chars:
+            raise RequestTooLarge(
+                f"a text of {len(value)} characters, expected at most {self._limits.max_text_chars} @ {where}"
+            )
+        spans = tuple(match.span() for match in WORD.finditer(value))
+        if not 1 <= len(spans) <= MAX_WORDS:
+            raise InvalidRequest(f"a text of {len(spans)} words, expected 1..{MAX_WORDS} @ {where}")
+        return _Words(value, spans)
+
+
+def _target(target: str | int | None, whole: Scores) -> str:
+    """The label to explain: the one asked for, else the one with the highest score."""
+    if target is None or target == "predicted":
+        return max(whole, key=lambda label: whole[label])
+    if str(target) not in whole:
+        raise InvalidRequest(f"got {target!r:.60}, expected one of {', '.join(sorted(whole)):.300} @ target")
+    return str(target)
+
+
+def _score(said: Scores | None, label: str) -> FloatArray | None:
+    if said is None:
+        return None
+    if label not in said:
+        raise ForwardFailed(f"no score of '{label:.60}' for a part of the text, expected one @ infer_uri")
+    return np.array([said[label]], dtype=np.float32)

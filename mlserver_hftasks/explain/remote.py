@@ -1,0 +1,225 @@
+"""A model on another V2 server, as somebody sees it who can only ask: texts in, scores by label out."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+from urllib.parse import SplitResult, urlsplit
+
+import httpx
+import orjson
+
+from mlserver_hftasks.engine.together import together
+from mlserver_hftasks.errors import (
+    DeadlineExceeded,
+    ForwardFailed,
+    HFTasksError,
+    InvalidRequest,
+    InvalidSettings,
+    Overloaded,
+    Unavailable,
+)
+
+ALLOWED_URIS = "HFTASKS_INFER_URIS"
+"""Environment variable: the URLs that `infer_uri` may begin with, separated by commas."""
+BATCH_TEXTS = 32
+"""Texts of one request."""
+MAX_CONCURRENT = 4
+"""Requests at once to the other server."""
+TIMEOUT_S = 30.0
+MAX_ANSWER_BYTES = 16 * 2**20
+TYPED_NAMES = ("logits", "probabilities", "scores")
+"""Outputs that hold a number per label, where the settings name none and there is no JSON."""
+
+Scores = Mapping[str, float]
+"""By label."""
+
+
+def check_uri(uri: str, environment: Mapping[str, str]) -> str:
+    """The URL, if the environment allows it; without a list that is a server on this machine only.
+
+    Raises `InvalidSettings`.
+    """
+    parts, where = _parts(uri), "@ parameters.extra.infer_uri"
+    if parts is None or parts.username or parts.password or parts.query or parts.fragment:
+        raise InvalidSettings(f"got {uri!r:.80}, expected http://HOST:PORT/v2/models/NAME/infer {where}")
+    allowed = [entry.strip() for entry in environment.get(ALLOWED_URIS, "").split(",") if entry.strip()]
+    if allowed:
+        fits = any(_is_under(parts, _parts(entry)) for entry in allowed)
+    else:
+        fits = _is_loopback(parts.hostname or "")
+    if not fits:
+        known = ", ".join(allowed) or "a server on this machine"
+        raise InvalidSettings(f"got {uri!r:.80}, expected {known}, as {ALLOWED_URIS} says {where}")
+    return uri
+
+
+def _parts(uri: str) -> SplitResult | None:
+    try:
+        parts = urlsplit(uri)
+        known = parts.scheme in {"http", "https"} and parts.hostname and parts.port != 0
+    except ValueError:
+        return None
+    return parts if known else None
+
+
+def _is_under(uri: SplitResult, allowed: SplitResult | None) -> bool:
+    if allowed is None or _origin(uri) != _origin(allowed):
+        return False
+    segments, wanted = uri.path.split("/"), allowed.path.rstrip("/").split("/")
+    return segments[: len(wanted)] == wanted and ".." not in segments
+
+
+def _origin(uri: SplitResult) -> tuple[str, str | None, int]:
+    return uri.scheme, uri.hostname, uri.port or {"http": 80, "https": 443}[uri.scheme]
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class RemoteModel:
+    """Asks the model at that URL.
+
+    `input_name` takes texts. `output_name` is a tensor of numbers, [texts, labels]; None: labels with scores
+    as JSON, as this runtime and mlserver_huggingface answer, or else one of `TYPED_NAMES`.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        *,
+        input_name: str = "array_inputs",
+        output_name: str | None = None,
+        timeout_s: float = TIMEOUT_S,
+    ) -> None:
+        self._uri = uri
+        self._input_name = input_name
+        self._output_name = output_name
+        self._timeout_s = timeout_s
+        self._places = asyncio.Semaphore(MAX_CONCURRENT)
+        # No proxy, no credentials from the environment, no redirect: this URL and no other.
+        self._client = httpx.AsyncClient(timeout=timeout_s, trust_env=False, follow_redirects=False)
+
+    async def scores(self, texts: Sequence[str], until: float | None = None) -> list[Scores | None]:
+        """The scores of each text; None for those that were not known by `until`, in the loop's time.
+
+        Raises `HFTasksError`.
+        """
+        parts = [texts[start : start + BATCH_TEXTS] for start in range(0, len(texts), BATCH_TEXTS)]
+        return list(chain.from_iterable(await together(self._part(part, until) for part in parts)))
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.aclose()
+
+    async def _part(self, texts: Sequence[str], until: float | None) -> list[Scores | None]:
+        try:
+            async with asyncio.timeout_at(until), self._places:
+                answer = await self._post(self._request(texts))
+        except TimeoutError:
+            return [None] * len(texts)
+        with _unreadable_as_failure():
+            scores = self._read(orjson.loads(answer))
+        if len(scores) != len(texts):
+            raise ForwardFailed(
+                f"{len(scores)} answers of the model that is explained, expected {len(texts)} @ infer_uri"
+            )
+        return list(scores)
+
+    def _request(self, texts: Sequence[str]) -> bytes:
+        inputs = [_tensor(self._input_name, list(texts), "str")]
+        if self._output_name is not None:
+            return orjson.dumps({"inputs": inputs, "outputs": [{"name": self._output_name}]})
+        # As a tensor, since mlserver_huggingface takes its parameters so: the scores of all labels.
+        return orjson.dumps({"inputs": [*inputs, _tensor("top_k", ["null"], "hg_json")]})
+
+    async def _post(self, body: bytes) -> bytes:
+        headers = {"Content-Type": "application/json"}
+        try:
+            async with self._client.stream("POST", self._uri, content=body, headers=headers) as response:
+                answer = b""
+                async for chunk in response.aiter_bytes():
+                    answer += chunk
+                    if len(answer) > MAX_ANSWER_BYTES:
+                        raise ForwardFailed(f"an answer of over {MAX_ANSWER_BYTES} bytes @ infer_uri")
+        except httpx.TimeoutException:
+            raise DeadlineExceeded(
+                f"the model that is explained gave no answer within {self._timeout_s:g} s @ infer_uri"
+            ) from None
+        except httpx.HTTPError as error:
+            raise Unavailable(
+                f"the model that is explained does not answer ({type(error).__name__}) @ infer_uri"
+            ) from None
+        if response.status_code != 200:
+            raise _as_ours(response, answer)
+        return answer
+
+    def _read(self, answer: Any) -> list[Scores]:
+        outputs = {output["name"]: output for output in answer["outputs"]}
+        if self._output_name is not None:
+            return _numbers(outputs[self._output_name])
+        if "output" in outputs:
+            return [_entries(orjson.loads(element)) for element in outputs["output"]["data"]]
+        return _numbers(next(outputs[name] for name in TYPED_NAMES if name in outputs))
+
+
+def _tensor(name: str, data: list[str], content_type: str) -> dict[str, Any]:
+    parameters = {"content_type": content_type}
+    return {"name": name, "shape": [len(data)], "datatype": "BYTES", "data": data, "parameters": parameters}
+
+
+def _entries(result: Any) -> Scores:
+    """Of `{"label", "score"}`, or a list of those."""
+    entries = result if isinstance(result, list) else [result]
+    return {str(entry["label"]): float(entry["score"]) for entry in entries}
+
+
+def _numbers(output: Mapping[str, Any]) -> list[Scores]:
+    """Of a tensor [texts, labels]; labels are called by their numbers."""
+    texts, labels = output["shape"]
+    flat = [float(value) for value in output["data"]]
+    if len(flat) != texts * labels:
+        raise ValueError(f"{len(flat)} numbers")
+    rows = (flat[start : start + labels] for start in range(0, len(flat), labels))
+    return [{str(label): score for label, score in enumerate(row)} for row in rows]
+
+
+@contextmanager
+def _unreadable_as_failure() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, StopIteration, RecursionError) as error:
+        raise ForwardFailed(
+            f"an answer of the model that is explained cannot be read ({type(error).__name__}), expected "
+            "scores by label @ infer_uri"
+        ) from None
+
+
+def _as_ours(response: httpx.Response, body: bytes) -> HFTasksError:
+    """The error of the other server, as an error of this one."""
+    try:
+        said = str(orjson.loads(body)["error"])
+    except (ValueError, KeyError, TypeError):
+        said = response.reason_phrase
+    message = f"the model that is explained answered {response.status_code} ({said:.300}) @ infer_uri"
+    if response.status_code == 429:
+        waits = response.headers.get("Retry-After", "")
+        return Overloaded(message, float(waits) if waits.isdecimal() else 1.0)
+    kinds: dict[int, type[HFTasksError]] = {
+        400: InvalidRequest,
+        413: InvalidRequest,
+        404: Unavailable,
+        503: Unavailable,
+        504: DeadlineExceeded,
+    }
+    return kinds.get(response.status_code, ForwardFailed)(message)
