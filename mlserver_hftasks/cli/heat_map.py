@@ -25,10 +25,12 @@ def heat_maps(reading: Reading) -> Iterator[RenderableType]:
     if not reading.targets:
         yield Panel(Text(" ".join(reading.texts)), title="nothing to explain", title_align="left")
     for index, target in enumerate(reading.targets):
-        yield _panel(reading, target, reading.words(index))
+        place = reading.place(index)
+        name = f"{target.label} at {place}" if place else target.label
+        yield _panel(reading, target, name, reading.words(index))
 
 
-def _panel(reading: Reading, target: Target, words: Sequence[Word]) -> Panel:
+def _panel(reading: Reading, target: Target, name: str, words: Sequence[Word]) -> Panel:
     scale = Scale(word.attribution for word in words)
     parts: list[RenderableType] = [_numbers(target, scale)]
     if not target.converged:
@@ -40,7 +42,7 @@ def _panel(reading: Reading, target: Target, words: Sequence[Word]) -> Panel:
     how = f"{reading.method}, baseline {reading.baseline}, {reading.evaluations} evaluations"
     return Panel(
         Group(*parts),
-        title=Text.assemble("Why ", (target.label, "bold"), "?"),
+        title=Text.assemble("Why ", (name, "bold"), "?"),
         title_align="left",
         subtitle=Text(how, "dim"),
         subtitle_align="left",

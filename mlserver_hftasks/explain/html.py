@@ -56,9 +56,11 @@ def _sections(reading: Reading) -> str:
 def _section(reading: Reading, index: int) -> str:
     target, words = reading.targets[index], reading.words(index)
     scale = Scale(word.attribution for word in words)
+    place = reading.place(index)
+    at = f" at <b>{escape(place)}</b>" if place else ""
     return (
         f'<section class="hft" aria-label="{escape(f"Why {target.label}")}">'
-        f"<h2>Why <b>{escape(target.label)}</b>{_place(reading, target)}?</h2>"
+        f"<h2>Why <b>{escape(target.label)}</b>{at}?</h2>"
         f"{_numbers(target, scale)}{_warning(target, scale)}{_text(reading, words, scale)}"
         f"{_legend(target, scale)}{_tables(words, scale)}"
         f"<footer>{escape(reading.method)}, baseline {escape(reading.baseline)}, "
@@ -69,13 +71,6 @@ def _section(reading: Reading, index: int) -> str:
 def _rgba(share: float, alpha: float) -> str:
     red, green, blue = FOR if share > 0 else AGAINST
     return f"rgba({red},{green},{blue},{alpha:.3g})"
-
-
-def _place(reading: Reading, target: Target) -> str:
-    """Which token the score is of, where it is of one."""
-    if not 0 <= target.position < len(reading.tokens):
-        return ""
-    return f" at <b>{escape(reading.tokens[target.position])}</b>"
 
 
 def _numbers(target: Target, scale: Scale) -> str:

@@ -85,6 +85,14 @@ class Reading:
             self._word(indices, sum(attributions[index] for index in indices)) for indices in self._groups()
         ]
 
+    def place(self, target: int = 0) -> str:
+        """The word that the score is of; "" where it is of the whole text."""
+        position = self.targets[target].position
+        if not 0 <= position < len(self.tokens):
+            return ""
+        within = next((indices for indices in self._groups() if position in indices), None)
+        return self.tokens[position] if within is None else self._word(within, 0.0).text.strip()
+
     def to_frame(self) -> Any:
         """A `pandas.DataFrame`, one line per target and word. Raises `ImportError` without pandas."""
         import pandas

@@ -66,6 +66,15 @@ def test_words_of_another_target() -> None:
     assert [word.attribution for word in both.words(1)] != [word.attribution for word in both.words()]
 
 
+def test_the_place_of_a_score_is_a_word() -> None:
+    one = explanation(("delicious soup",))
+    for position, place in ((2, "delicious"), (4, "soup"), (0, "[CLS]"), (-1, ""), (99, "")):
+        made = reading(explanation(("delicious soup",), target=np.array([[position, 0]])))
+        assert made.place() == place
+        assert (f" at <b>{place}</b>?" in fragment(made)) == bool(place)
+    assert reading(one).place() == ""
+
+
 def test_a_console_shows_the_weightiest_words() -> None:
     attributions = np.zeros_like(explanation().attributions)
     attributions[0, 1], attributions[0, 2] = 2.0, -1.0
