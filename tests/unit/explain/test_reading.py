@@ -167,9 +167,15 @@ def test_what_clients_and_models_say_is_text() -> None:
 def test_the_text_is_shown_as_it_is(text: str) -> None:
     made = page([reading(hostile(text))], title=text)
     assert_harmless(made)
-    # What a browser makes of a text without words is not drawn at all; line ends are as HTML has them.
-    shown = Parsed(made).texts
-    assert [one.replace("\r\n", "\n") for one in shown] in ([], [text.replace("\r\n", "\n")])
+    assert Parsed(made).texts == [text]
+
+
+def test_words_that_overlap_are_shown_once() -> None:
+    one = explanation(("one two",), pieces=9)
+    offsets = np.array([(-1, -1), (0, 5), (4, 7), (-1, -1)])
+    made = Parsed(fragment(reading(explanation(("one two",), pieces=9, offsets=offsets))))
+    assert len(one.tokens) == len(offsets)
+    assert made.texts == ["one two"]
 
 
 def test_a_pair_is_two_paragraphs() -> None:
