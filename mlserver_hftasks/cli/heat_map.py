@@ -35,8 +35,8 @@ def _panel(reading: Reading, index: int) -> Panel:
     if not target.converged:
         missed = scale.number(target.delta)
         parts.append(Text(f"Not converged: the numbers miss the score by {missed}.", "yellow"))
-    passages = [_coloured(pieces, scale) for pieces in reading.passages(index)]
-    parts += [Padding(part, (1, 0, 0, 0)) for part in (*passages, _table(words, scale))]
+    below: list[RenderableType] = [_coloured(pieces, scale) for pieces in reading.passages(index)]
+    parts += [Padding(part, (1, 0, 0, 0)) for part in [*below, _table(words, scale)]]
     how = f"{reading.method}, baseline {reading.baseline}, {reading.evaluations} evaluations"
     return Panel(
         Group(*parts),
