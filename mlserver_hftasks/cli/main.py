@@ -1,18 +1,24 @@
-"""The commands of `hftasks`, each in a file of its own."""
+"""The command `hftasks`: a command per file, put together here."""
 
 from __future__ import annotations
 
 import typer
 
-from mlserver_hftasks.cli.explain import explain
+from mlserver_hftasks.cli import explain
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Serve Hugging Face models on MLServer.")
-app.command(name="explain")(explain)
+app = typer.Typer(
+    name="hftasks",
+    help="Prepare, check and explain models of MLServer's Hugging Face runtime.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+)
+app.command("explain", help=explain.HELP)(explain.command)
 
 
 @app.callback()
 def _several_commands() -> None:
-    """Serve Hugging Face models on MLServer."""
+    """With one command typer would leave its name out."""
 
 
 if __name__ == "__main__":
