@@ -14,7 +14,6 @@ from mlserver_hftasks.cli.heat_map import heat_maps
 from mlserver_hftasks.client import AnsweredWithError, Reading, explain, page
 from mlserver_hftasks.errors import HFTasksError, InvalidRequest
 
-
 HELP = "Show how much each word adds to what the model says of a text."
 
 
