@@ -22,11 +22,11 @@ from typing import Any, BinaryIO, NamedTuple
 import httpx
 import numpy as np
 import tritonclient.grpc as triton
-from build_models import build
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from examples.build_models import build
 from mlserver_hftasks.cli.heat_map import heat_maps
 from mlserver_hftasks.client import Reading, explain, read
 
