@@ -1,6 +1,6 @@
 """Serve the two example models on MLServer, ask them questions over REST and gRPC, and keep serving.
 
-    python examples/demo.py [FOLDER] [--check]
+    python -m examples.demo [FOLDER] [--check]
 
 With `--check` every answer is compared with what it should be, and the exit status says whether all were.
 """
