@@ -12,7 +12,7 @@ from mlserver_hftasks.engine.cost import CostModel
 from mlserver_hftasks.engine.offline import batches_of
 from mlserver_hftasks.engine.rows import Outputs, Row
 from mlserver_hftasks.engine.warmup import warm_up
-from mlserver_hftasks.loading import load, probe_rows
+from mlserver_hftasks.loading import load, memory, probe_rows
 from mlserver_hftasks.settings import Settings
 from mlserver_hftasks.tasks.base import Answered, Example
 
@@ -24,6 +24,7 @@ class InProcess:
         settings = Settings(
             task="text-classification", pretrained_model=str(folder), device="cpu", packing=packing, **extra
         )
+        memory.manage()  # as the runtime does
         served = load(settings)
         self._task, self._backend = served.task, served.backend
         self._parameters = self._task.signature.parse({})

@@ -69,6 +69,14 @@ FP32 = System("ours fp32", "ours")
 FP32_PADDED = System("ours fp32, packing off", "ours", extra={"packing": "off"}, quick=False)
 ONNX = System("ours fp32, ONNX Runtime", "ours", program={"backend": "onnx"})
 BF16 = System("ours bf16", "ours", "bfloat16", extra={"dtype": "bfloat16"}, quick=False)
+BF16_OPENVINO = System(
+    "ours bf16, OpenVINO",
+    "ours",
+    "bfloat16",
+    extra={"dtype": "bfloat16"},
+    program={"backend": "openvino"},
+    quick=False,
+)
 INT8 = System("ours int8", "ours", "int8", extra={"quantization": "int8"})
 INT8_ONNX = System(
     "ours int8, ONNX Runtime", "ours", "int8", program={"backend": "onnx", "quantization": "int8"}
@@ -82,7 +90,7 @@ BATCHING = System(
 )
 ECHO = System("echo", "ceiling")
 
-SYSTEMS = (FP32, FP32_PADDED, ONNX, BF16, INT8, INT8_ONNX, PLAIN, BATCHING, ECHO)
+SYSTEMS = (FP32, FP32_PADDED, ONNX, BF16, BF16_OPENVINO, INT8, INT8_ONNX, PLAIN, BATCHING, ECHO)
 """All that is started here; the figures take the best of ours of each dtype."""
 
 OURS_FP32 = (FP32, ONNX)

@@ -8,9 +8,8 @@ own seed, its own limits and its own deadline (`steering`), and gets what it wou
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from transformers.generation.logits_process import NoRepeatNGramLogitsProcessor
 from transformers.modeling_outputs import BaseModelOutput
 
 from mlserver_hftasks.backends.base import Description
+from mlserver_hftasks.backends.keys import GenerateKey
 from mlserver_hftasks.backends.logprobs import token_logprobs
 from mlserver_hftasks.backends.steering import (
     WARPERS,
@@ -33,10 +33,8 @@ from mlserver_hftasks.backends.steering import (
     warpers_of,
 )
 from mlserver_hftasks.engine.rows import Decoding, FloatArray, IntArray, Outputs, Row
-from mlserver_hftasks.engine.sequences import FinishReason
+from mlserver_hftasks.engine.sequences import FINISH_REASONS
 
-FINISH_REASONS = tuple(FinishReason)
-"""The output `finish` holds indices into it."""
 LENGTHS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens")
 OF_BEAMS: tuple[str, ...] = ("early_stopping", "length_penalty")
 """Settings that mean nothing without beams."""
@@ -44,24 +42,6 @@ OF_DRAWS: tuple[str, ...] = (*(name for name, _, _ in WARPERS), "eta_cutoff")
 """Settings that mean nothing where the most likely token is taken."""
 PROBE = Decoding(max_new_tokens=8)
 """How far a row is continued that does not say: those of the warm-up."""
-
-
-@dataclass(frozen=True, slots=True)
-class GenerateKey:
-    """Rows with equal keys may share one call of `generate()`; their seeds and limits are in `decoding`."""
-
-    arguments: tuple[tuple[str, Hashable], ...] = ()
-    """Of `GenerationConfig`, sorted by name; lists are tuples."""
-    stop: tuple[str, ...] = ()
-    """Texts that end an answer; it holds the one that did."""
-    logprobs: bool = False
-    company: Hashable = None
-    """Keeps apart what would hold one another up, such as rows of very different limits."""
-
-    @classmethod
-    def of(cls, arguments: Mapping[str, Any], **others: Any) -> GenerateKey:
-        """The key of a call with those arguments."""
-        return cls(tuple((name, _frozen(arguments[name])) for name in sorted(arguments)), **others)
 
 
 class GenerateBackend:
@@ -268,11 +248,6 @@ def _without_lengths(config: GenerationConfig) -> GenerationConfig:
     for name in LENGTHS:
         setattr(made, name, None)
     return made
-
-
-def _frozen(value: Any) -> Hashable:
-    frozen: Hashable = tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
-    return frozen
 
 
 def _thawed(value: Any) -> Any:

@@ -59,6 +59,7 @@ class Backbone:
     def __init__(self, model: PreTrainedModel) -> None:
         self._module = model.base_model
         self._attention = model.config._attn_implementation
+        self._own_forward = vars(self._module).get("forward")
         self._forward = self._module.forward
         self.layout = Layout.PADDED
         self.select: torch.Tensor | None = None
@@ -73,9 +74,17 @@ class Backbone:
             self._module.set_attn_implementation(implementation)
         self.layout = layout
 
+    def replace(self, make: Callable[[Callable[..., Any]], Callable[..., Any]], attention: str) -> None:
+        """Run what `make` makes of the backbone's `forward` from now on, with that attention if packed."""
+        if self.layout is Layout.VARLEN:
+            self._module.set_attn_implementation(attention)
+        self._forward = make(self._forward)
+
     def release(self) -> None:
         """Give the backbone its own `forward` back, which ends the cycle that keeps its memory."""
         del self._module.forward
+        if self._own_forward is not None:  # accelerate's, which moves the inputs between devices
+            self._module.forward = self._own_forward
 
     def __call__(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
         """The backbone's outputs for a padded batch [n, longest] with its `attention_mask`."""

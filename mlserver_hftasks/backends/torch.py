@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator, Sequence
 
@@ -15,6 +16,7 @@ from mlserver_hftasks.backends.base import Description, Head
 from mlserver_hftasks.backends.gradients import PathBackend
 from mlserver_hftasks.backends.packing import Backbone, Layout
 from mlserver_hftasks.engine.rows import IntArray, Outputs, Row
+from mlserver_hftasks.errors import InvalidSettings
 
 logger = logging.getLogger("mlserver.hftasks")
 
@@ -32,7 +34,8 @@ class TorchBackend:
     With `packing`, the layouts of `packing.Layout` are tried on a probe batch in turn, and the first
     that gives each row what it gets alone is used. `probe` holds rows for that, of real tokens where a
     head looks for some (BART's for the end of the text); else they are drawn at random. `precision` is
-    what the model computes in, where that is not the dtype of its weights.
+    what the model computes in, where that is not the dtype of its weights. A model that is `placed` stays
+    where it is; `device` then is where its inputs go.
     """
 
     def __init__(
@@ -45,9 +48,12 @@ class TorchBackend:
         packing: bool = True,
         probe: Sequence[Row] | None = None,
         precision: str | None = None,
+        placed: bool = False,
     ) -> None:
         model.config.use_cache = False  # keys and values are kept for generation only
-        self._model = model.eval().requires_grad_(False).to(device)
+        self._model = model.eval().requires_grad_(False)
+        if not placed:
+            self._model.to(device)
         self._head = head
         self._device = device
         self._pad_token_id = pad_token_id
@@ -63,6 +69,19 @@ class TorchBackend:
     def forward(self, rows: Sequence[Row]) -> Sequence[Outputs]:
         """See `base.Backend`."""
         return [outputs for part in self._passes(rows) for outputs in self._forward(part)]
+
+    def compile(self, backend: str, mode: str | None, rows: Sequence[Row]) -> None:
+        """Compile the backbone, and run the rows so that no client waits for it. Raises `InvalidSettings`."""
+        from mlserver_hftasks.backends import compiling
+
+        if self._backbone.layout is not Layout.VARLEN:
+            raise InvalidSettings(
+                f"the model's rows run {self._backbone.layout.value}, and each of their shapes would be "
+                "compiled, expected one that can be packed, or no such key @ parameters.extra.compile"
+            )
+        make = functools.partial(compiling.compiled, backend=backend, mode=mode)
+        self._backbone.replace(make, compiling.ATTENTION_NAME)
+        compiling.warm(self._forward, rows)
 
     def close(self) -> None:
         """See `base.Backend`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,5 @@ def export(model: PreTrainedModel, sample: Mapping[str, torch.Tensor]) -> Any:
 
 def save(program: Any, folder: Path) -> str:
     """Write the program and its weights; the name of its file."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own, about how it stores trees
-        DynamoExporter.save_program(program, folder / FILE)
+    DynamoExporter.save_program(program, folder / FILE)
     return FILE

@@ -89,7 +89,7 @@ _NORMS = {
 
 def products(model: ir.Model) -> list[ir.Node]:
     """The products with weights that quantization is for: those of the backbone."""
-    head = _depends_on(model, HEAD_INPUTS)
+    head = depends_on(model, HEAD_INPUTS)
     return [node for node in model.graph if node not in head and _weight(node) is not None]
 
 
@@ -171,7 +171,8 @@ def _weight(node: ir.Node) -> npt.NDArray[np.float32] | None:
     return weight if weight.shape[1] >= FEWEST_COLUMNS else None
 
 
-def _depends_on(model: ir.Model, names: frozenset[str]) -> set[ir.Node]:
+def depends_on(model: ir.Model, names: frozenset[str]) -> set[ir.Node]:
+    """The nodes that any of these inputs has a part in."""
     reached = [value for value in model.graph.inputs if value.name in names]
     nodes: set[ir.Node] = set()
     while reached:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,6 +26,7 @@ from mlserver_hftasks.export.trace import EagerRunner, traceable
 logger = logging.getLogger("mlserver.hftasks")
 
 Format = Literal["onnx", "openvino", "export"]
+NOISY = ("transformers", "torch.export", "torch.onnx", "torch._export", "onnxscript", "onnx_ir", "root")
 TOLERANCE = 1e-4
 """Largest difference of a traced model from the model, relative to the largest output."""
 
@@ -123,7 +127,8 @@ class Maker:
         return {name: torch.from_numpy(feed[name]) for name in sorted(self._inputs(plan))}
 
     def _export(self, order: Order, plan: Plan, folder: Path, calibration: Sequence[Row]) -> Made:
-        with traceable(self._model, self._head, plan.layout, fused=order.format != "onnx") as model:
+        fused = order.format != "onnx"
+        with traceable(self._model, self._head, plan.layout, fused=fused) as model, _quiet_exporters():
             file = _FORMATS[order.format](
                 model, self._sample(plan), order, plan, folder, calibration, self._tell
             )
@@ -140,6 +145,7 @@ def _to_onnx(
     tell: Callable[[str], None],
 ) -> str:
     from mlserver_hftasks.export import graph, onnx
+    from mlserver_hftasks.export.early import read_early
 
     program = onnx.export(model, sample, order.provider)
     if order.quantization != "none":
@@ -150,6 +156,8 @@ def _to_onnx(
         batches = [calibration[start : start + 16] for start in range(0, len(calibration), 16)]
         feeds = (ProgramBackend.feed_of(plan, batch) for batch in batches)
         graph.quantize_static(program, onnx.largest_inputs(program, feeds, folder))
+    if plan.reads in (Reads.FIRST, Reads.SELECTED) and plan.layout is Layout.LANES:
+        read_early(program)
     return onnx.save(program, folder)
 
 
@@ -190,6 +198,21 @@ _FORMATS: dict[Format, Callable[..., str]] = {
     "openvino": _to_openvino,
     "export": _to_torch,
 }
+
+
+@contextmanager
+def _quiet_exporters() -> Iterator[None]:
+    """Without what exporters say of themselves: that they are experimental, and which versions they know."""
+    levels = {name: logging.getLogger(name).level for name in NOISY}
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        for name in NOISY:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
 
 
 def _first_line(error: Exception) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Mapping
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +23,7 @@ def export(model: PreTrainedModel, sample: Mapping[str, torch.Tensor], provider:
         name: dict.fromkeys(range(tensor.dim()), torch.export.Dim.AUTO) for name, tensor in sample.items()
     }
     config = OnnxConfig(dynamic=True, dynamic_shapes=varies, ort_fusions=provider)
-    with redirect_stdout(io.StringIO()):  # torch.onnx prints what it is about
-        program, _ = OnnxExporter().export_program(model, dict(sample), config)
+    program, _ = OnnxExporter().export_program(model, dict(sample), config)
     if provider == "cpu":
         graph.split_skip_norms(program)
     return program

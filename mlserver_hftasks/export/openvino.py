@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,9 @@ def export(model: PreTrainedModel, sample: Mapping[str, torch.Tensor]) -> Any:
     varies = {
         name: dict.fromkeys(range(tensor.dim()), torch.export.Dim.AUTO) for name, tensor in sample.items()
     }
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        program, _ = OpenVINOExporter().export_program(
-            model, dict(sample), OpenVINOConfig(dynamic=True, dynamic_shapes=varies)
-        )
+    program, _ = OpenVINOExporter().export_program(
+        model, dict(sample), OpenVINOConfig(dynamic=True, dynamic_shapes=varies)
+    )
     return program
 
 

@@ -14,6 +14,7 @@ from mlserver_hftasks.engine.rows import Row
 from mlserver_hftasks.errors import InvalidSettings
 from mlserver_hftasks.loading.facts import max_tokens_of, pad_token_id_of
 from mlserver_hftasks.loading.generating import generating
+from mlserver_hftasks.loading.placement import is_placed
 from mlserver_hftasks.loading.served import Served, model_facts, probe_rows, task_of
 from mlserver_hftasks.loading.source import Source
 from mlserver_hftasks.loading.threads import set_torch_threads
@@ -31,6 +32,8 @@ def load_eager(settings: Settings) -> Served:
     kind = task_of(settings, config, source.folder)
     tokenizer = source.tokenizer()
     model = source.model(kind.head, config, device)
+    if is_placed(settings):
+        device = model.device
     encoder = Encoder(tokenizer, max_tokens_of(settings.max_length, tokenizer, model))
     pad_token_id = pad_token_id_of(tokenizer, model)
     if kind.head.generates:
@@ -73,7 +76,7 @@ def torch_backend(
     quantized = settings.quantization == "int8"
     if quantized:
         int8.quantize(model, lambda: _run(model, probe[0]))
-    return TorchBackend(
+    backend = TorchBackend(
         model,
         head,
         device=device,
@@ -81,7 +84,11 @@ def torch_backend(
         probe=probe,
         packing=settings.packing == "auto",
         precision="int8" if quantized else None,
+        placed=is_placed(settings),
     )
+    if settings.compile is not None and settings.compile.enable:
+        backend.compile(settings.compile.backend, settings.compile.mode, probe)
+    return backend
 
 
 def _run(model: PreTrainedModel, row: Row) -> None:

@@ -19,7 +19,7 @@ from mlserver_hftasks.export.maker import Made, Maker, Order
 from mlserver_hftasks.loading import light
 from mlserver_hftasks.loading.facts import max_tokens_of, pad_token_id_of
 from mlserver_hftasks.loading.manifest import Manifest, Program, versions
-from mlserver_hftasks.loading.runners import open_runner
+from mlserver_hftasks.loading.runners import check_head, open_runner
 from mlserver_hftasks.loading.served import probe_rows, task_of
 from mlserver_hftasks.loading.source import Source
 from mlserver_hftasks.settings import Settings
@@ -45,6 +45,7 @@ def make_program(
     source = Source(settings.model_copy(update={"dtype": "float32", "quantization": None}))
     config = source.config()
     kind = task_of(settings, config, source.folder)
+    check_head(kind.head, order.format)
     tokenizer = source.tokenizer()
     model = source.model(kind.head, config, torch.device("cpu"))
     encoder = Encoder(tokenizer, max_tokens_of(None, tokenizer, model))

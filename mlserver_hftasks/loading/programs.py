@@ -23,7 +23,7 @@ from mlserver_hftasks.loading import light
 from mlserver_hftasks.loading.cache import cache_folder, kept, key_of
 from mlserver_hftasks.loading.facts import limited
 from mlserver_hftasks.loading.manifest import Manifest, Program, candidates, find_program, versions
-from mlserver_hftasks.loading.runners import open_runner
+from mlserver_hftasks.loading.runners import check_head, open_runner
 from mlserver_hftasks.loading.served import Served, model_facts, probe_rows, task_of
 from mlserver_hftasks.settings import Settings
 from mlserver_hftasks.tasks.encoder import Encoder
@@ -67,6 +67,7 @@ def load_program(settings: Settings, program: Program) -> Served:
     if program.manifest is None:
         return _load_other(settings, program)
     manifest = program.manifest
+    settings = settings.model_copy(update={"task": settings.task or manifest.task})
     kind = _task_for(settings, manifest)
     config = light.read_config(program.folder)
     encoder = Encoder(_tokenizer(settings, program), manifest.max_tokens)
@@ -102,6 +103,7 @@ def _load_other(settings: Settings, program: Program) -> Served:
     source = _source(settings, program.folder)
     config, tokenizer = source.config(), source.tokenizer()
     kind = task_of(settings, config, program.folder)
+    check_head(kind.head, program.backend)
     encoder = Encoder(tokenizer, limited(settings.max_length, tokenizer, _most_tokens(config, tokenizer)))
     task = kind(model_facts(settings, config, encoder, program.folder))
     pad = next(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 
-from mlserver_hftasks.backends.base import Description
+from mlserver_hftasks.backends.base import Description, Head
 from mlserver_hftasks.backends.program import Layout, Runner
 from mlserver_hftasks.errors import InvalidSettings
 from mlserver_hftasks.loading.manifest import Program
@@ -21,6 +21,14 @@ def open_runner(settings: Settings, program: Program, layout: Layout) -> tuple[R
         )
     opened: tuple[Runner, Description] = _OPEN[program.backend](settings, program, layout)
     return opened
+
+
+def check_head(head: Head, backend: str) -> None:
+    """Raises `InvalidSettings` for a task that no program serves."""
+    if head.generates:
+        raise InvalidSettings(
+            f'got "{backend}" for a task that generates, expected "torch" @ parameters.extra.backend'
+        )
 
 
 def _open_onnx(settings: Settings, program: Program, layout: Layout) -> tuple[Runner, Description]:

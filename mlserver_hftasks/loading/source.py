@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from mlserver_hftasks.backends.base import Head
 from mlserver_hftasks.errors import InvalidSettings
+from mlserver_hftasks.loading.placement import placement_options
 from mlserver_hftasks.settings import Settings
 
 logger = logging.getLogger("mlserver.hftasks")
@@ -90,6 +91,7 @@ class Source:
         options: dict[str, Any] = {
             "dtype": dtype_of(self._settings, device, config),
             "use_safetensors": True,
+            **placement_options(self._settings),
             **self._common,
             **self._settings.model_kwargs,
         }

@@ -17,7 +17,7 @@ from pydantic import Field
 from transformers import GenerationConfig, PretrainedConfig
 
 from mlserver_hftasks.backends.base import Head
-from mlserver_hftasks.backends.generate import GenerateKey
+from mlserver_hftasks.backends.keys import GenerateKey
 from mlserver_hftasks.engine.rows import Decoding, IntArray, Row
 from mlserver_hftasks.engine.sequences import FinishReason
 from mlserver_hftasks.errors import InvalidRequest

@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import Field
 
 from mlserver_hftasks.backends.base import Head
-from mlserver_hftasks.backends.generate import GenerateKey
+from mlserver_hftasks.backends.keys import GenerateKey
 from mlserver_hftasks.engine.rows import Decoding, IntArray, Row
 from mlserver_hftasks.engine.sequences import FinishReason, Prompt
 from mlserver_hftasks.errors import InvalidRequest

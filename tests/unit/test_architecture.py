@@ -1,6 +1,8 @@
 """Imports go down only, so that each room can be understood without those above it."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,23 @@ def test_the_scheduler_is_pure_policy() -> None:
         for name in imported(PACKAGE / f"engine/{file}.py")
     }
     assert not names & {"torch", "asyncio", "threading", "time", "transformers"}
+
+
+def test_a_program_is_served_without_torch_and_transformers() -> None:
+    """They take seconds to import: `loading` asks for them only where a model of theirs is to run."""
+    script = (
+        "import sys, mlserver_hftasks, mlserver_hftasks.loading.programs, mlserver_hftasks.backends.onnx\n"
+        "from mlserver_hftasks.tasks.registry import TASKS, task_class\n"
+        "[task_class(name) for name in sys.argv[1:]]\n"
+        "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, "text-classification", "sentence-embedding", "fill-mask"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "[]"
 
 
 def test_exported_names() -> None:
