@@ -51,8 +51,11 @@ def over_grpc(options: argparse.Namespace) -> Iterator[Chunk]:
     from mlserver.grpc.dataplane_pb2_grpc import GRPCInferenceServiceStub
     from mlserver.types import InferenceRequest
 
+    content = request(options)
+    tensor = content["inputs"][0]
+    tensor["data"] = [element.encode() for element in tensor["data"]]
     message = ModelInferRequestConverter.from_types(
-        InferenceRequest.model_validate(request(options)), model_name=options.model
+        InferenceRequest.model_validate(content), model_name=options.model
     )
     with grpc.insecure_channel(f"{options.host}:{options.grpc_port}") as channel:
         for response in GRPCInferenceServiceStub(channel).ModelStreamInfer(iter([message])):

@@ -160,12 +160,16 @@ def _served(session: Session, folder: Path, beams: int) -> Findings:
         systems[f"ours, {CLIENTS} clients"]()
         runs = take_turns(session.plan.few_rounds, systems, session.tell)
     rates = {system: [run.per_second for run in each] for system, each in runs.items()}
-    faults = sum(run.faults for each in runs.values() for run in each)
+    faults = [
+        sum(run.faults for name, each in runs.items() if name.startswith(who) for run in each)
+        for who in ("ours", "incumbent")
+    ]
     for system, each in rates.items():
         for index, rate in enumerate(each):
             session.journal.record(
                 "seq2seq-served", system, shape=MARIAN.described, beams=beams, round=index, texts_per_s=rate
             )
+    seen = f"faults: {faults[0]} and {faults[1]}"
     many = [rates[f"{who}, {CLIENTS} clients"] for who in ("ours", "incumbent")]
     single = [rates[f"{who}, one client"] for who in ("ours", "incumbent")]
     return Findings(
@@ -174,7 +178,7 @@ def _served(session: Session, folder: Path, beams: int) -> Findings:
                 f"{CLIENTS} clients against mlserver-huggingface, texts/s ({_name(beams)})",
                 Spread.of(ratios(*many)),
                 at_least=AGAINST_INCUMBENT,
-                detail=f"{_shown(many[0])} against {_shown(many[1])} texts/s; {faults} faults",
+                detail=f"{_shown(many[0])} against {_shown(many[1])} texts/s; {seen}",
             ),
             Figure(
                 f"one client against mlserver-huggingface, texts/s ({_name(beams)})",

@@ -123,6 +123,7 @@ def _predictions(
         StepScheduler(limits, served.decoder.cache_tokens),
         on_thread_start=on_thread_start,
         observe=metrics.step_ran,
+        observe_occupancy=metrics.occupied,
         name=f"{name}-steps",
     )
     return GenerationService(

@@ -59,7 +59,7 @@ def test_only_the_door_and_the_codecs_know_mlserver(path: Path) -> None:
 def test_the_scheduler_is_pure_policy() -> None:
     names = {
         name.split(".")[0]
-        for file in ("scheduler", "cost", "rows")
+        for file in ("scheduler", "cost", "rows", "steps", "extents", "sequences")
         for name in imported(PACKAGE / f"engine/{file}.py")
     }
     assert not names & {"torch", "asyncio", "threading", "time", "transformers"}
