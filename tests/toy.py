@@ -93,7 +93,8 @@ def _trained(tokenizer: PreTrainedTokenizerFast) -> BertForSequenceClassificatio
         batch, odds = texts(BATCH, seed=1000 + step)
         logits = model(**_with_masks(tokenizer, batch, step)).logits
         wanted = torch.sigmoid(torch.tensor([[-each, each] for each in odds], dtype=torch.float32))
-        torch.nn.functional.cross_entropy(logits, wanted).backward()
+        loss = torch.nn.functional.cross_entropy(logits, wanted)
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()

@@ -11,12 +11,13 @@ import typer
 from rich.console import Console
 
 from mlserver_hftasks.cli.heat_map import heat_maps
-from mlserver_hftasks.client import AnsweredWithError, Reading, page
-from mlserver_hftasks.client import explain as ask
+from mlserver_hftasks.client import AnsweredWithError, Reading, explain, page
 from mlserver_hftasks.errors import HFTasksError, InvalidRequest
 
+HELP = "Show how much each word adds to what the model says of a text."
 
-def explain(
+
+def command(
     texts: Annotated[
         list[str], typer.Argument(help="Texts; or JSON objects, where the task takes more than a text.")
     ],
@@ -35,7 +36,7 @@ def explain(
     ] = None,
     html: Annotated[Path | None, typer.Option(help="Also write the heat maps as a page.")] = None,
 ) -> None:
-    """Show how much each word adds to what the model says of a text."""
+    """See `HELP`."""
     console = Console(highlight=False)
     try:
         given = {"method": method, **({} if target is None else {"target": target}), **_options(option or [])}
@@ -68,7 +69,7 @@ def _from_server(url: str, items: list[Any], options: dict[str, Any]) -> list[Re
     import httpx
 
     try:
-        return ask(url, items, **options)
+        return explain(url, items, **options)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise InvalidRequest(f"no answer ({error}), expected a V2 server @ {url}") from None
 

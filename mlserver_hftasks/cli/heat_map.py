@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
@@ -11,7 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from mlserver_hftasks.explain.reading import Reading, Target, Word
+from mlserver_hftasks.explain.reading import Piece, Reading, Target, Word
 from mlserver_hftasks.explain.scale import AGAINST, FOR, Scale
 
 BAR_CELLS = 24
@@ -24,23 +23,24 @@ def heat_maps(reading: Reading) -> Iterator[RenderableType]:
     """One panel per target of an explanation."""
     if not reading.targets:
         yield Panel(Text(" ".join(reading.texts)), title="nothing to explain", title_align="left")
-    for index, target in enumerate(reading.targets):
-        yield _panel(reading, target, reading.words(index))
+    for index in range(len(reading.targets)):
+        yield _panel(reading, index)
 
 
-def _panel(reading: Reading, target: Target, words: Sequence[Word]) -> Panel:
+def _panel(reading: Reading, index: int) -> Panel:
+    target, words, place = reading.targets[index], reading.words(index), reading.place(index)
+    name = f"{target.label} at {place}" if place else target.label
     scale = Scale(word.attribution for word in words)
     parts: list[RenderableType] = [_numbers(target, scale)]
     if not target.converged:
         missed = scale.number(target.delta)
         parts.append(Text(f"Not converged: the numbers miss the score by {missed}.", "yellow"))
-    for _, own in groupby(words, key=lambda word: word.sequence):
-        parts.append(Padding(_coloured(reading, list(own), scale), (1, 0, 0, 0)))
-    parts.append(Padding(_table(words, scale), (1, 0, 0, 0)))
+    below: list[RenderableType] = [_coloured(pieces, scale) for pieces in reading.passages(index)]
+    parts += [Padding(part, (1, 0, 0, 0)) for part in [*below, _table(words, scale)]]
     how = f"{reading.method}, baseline {reading.baseline}, {reading.evaluations} evaluations"
     return Panel(
         Group(*parts),
-        title=Text.assemble("Why ", (target.label, "bold"), "?"),
+        title=Text.assemble("Why ", (name, "bold"), "?"),
         title_align="left",
         subtitle=Text(how, "dim"),
         subtitle_align="left",
@@ -61,18 +61,10 @@ def _numbers(target: Target, scale: Scale) -> Text:
     return made
 
 
-def _coloured(reading: Reading, words: Sequence[Word], scale: Scale) -> Text:
-    """The text with its words on colours; words of no known place with a space between."""
-    made, position = Text(), 0
-    for number, word in enumerate(words):
-        if word.start >= 0:
-            made.append(reading.texts[word.sequence][position : word.start])
-            position = word.end
-        elif number:
-            made.append(" ")
-        made.append(word.text, _style(scale.share(word.attribution)))
-    if words and words[-1].start >= 0:
-        made.append(reading.texts[words[-1].sequence][position:])
+def _coloured(pieces: Sequence[Piece], scale: Scale) -> Text:
+    made = Text()
+    for piece in pieces:
+        made.append(piece.text, _style(scale.share(piece.word.attribution)) if piece.word else "")
     return made
 
 

@@ -45,24 +45,10 @@ def requests_of(body: bytes, output: str) -> list[Group]:
     """The V2 requests for a body; each asks for that output. Raises `InvalidRequest`."""
     content = _body(body)
     check_type(content.get("parameters"), dict, "parameters")
-    common = content.get("parameters") or {}
-    grouped: dict[bytes, tuple[dict[str, list[Any]], dict[str, Any], list[int]]] = {}
-    for index, instance in enumerate(content["instances"]):
-        inputs, parameters = _split(instance, f"instances[{index}]")
-        key = orjson.dumps([sorted(inputs), parameters], option=orjson.OPT_SORT_KEYS)
-        columns, _, indices = grouped.setdefault(key, ({name: [] for name in inputs}, parameters, []))
-        for name, value in inputs.items():
-            columns[name].append(value)
-        indices.append(index)
-    if len(grouped) > MAX_REQUESTS:
-        raise InvalidRequest(
-            f"instances that differ in {len(grouped)} ways, expected at most {MAX_REQUESTS}: send several "
-            "requests @ instances"
-        )
-    return [
-        Group(_request(columns, {**common, **parameters}, output), tuple(indices))
-        for columns, parameters, indices in grouped.values()
-    ]
+    try:
+        return _groups(content["instances"], content.get("parameters") or {}, output)
+    except (orjson.JSONEncodeError, RecursionError):  # orjson reads more levels than it writes
+        raise InvalidRequest("a value nested too deeply, expected a few levels @ instances") from None
 
 
 def encode_explanations(groups: Sequence[Group], answers: Sequence[InferenceResponse]) -> bytes:
@@ -92,6 +78,26 @@ def _body(body: bytes) -> dict[str, Any]:
             f"{len(content['instances'])} instances, expected 1..{MAX_INSTANCES} @ instances"
         )
     return content
+
+
+def _groups(instances: Sequence[Any], common: Mapping[str, Any], output: str) -> list[Group]:
+    grouped: dict[bytes, tuple[dict[str, list[Any]], dict[str, Any], list[int]]] = {}
+    for index, instance in enumerate(instances):
+        inputs, parameters = _split(instance, f"instances[{index}]")
+        key = orjson.dumps([sorted(inputs), parameters], option=orjson.OPT_SORT_KEYS)
+        columns, _, indices = grouped.setdefault(key, ({name: [] for name in inputs}, parameters, []))
+        for name, value in inputs.items():
+            columns[name].append(value)
+        indices.append(index)
+    if len(grouped) > MAX_REQUESTS:
+        raise InvalidRequest(
+            f"instances that differ in {len(grouped)} ways, expected at most {MAX_REQUESTS}: send several "
+            "requests @ instances"
+        )
+    return [
+        Group(_request(columns, {**common, **parameters}, output), tuple(indices))
+        for columns, parameters, indices in grouped.values()
+    ]
 
 
 def _split(instance: Any, where: str) -> tuple[dict[str, Any], dict[str, Any]]:

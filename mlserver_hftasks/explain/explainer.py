@@ -38,7 +38,7 @@ from mlserver_hftasks.explain.tokens import Tokens, merged, tokens_of
 from mlserver_hftasks.tasks.base import Answered, Example, Task
 from mlserver_hftasks.tasks.signature import Parameters
 
-MAX_BATCH_TOKENS = {"cpu": 1024}
+MAX_BATCH_TOKENS = {"cpu": 512}
 """Tokens of a batch of gradients; 16384 on other devices."""
 BACKGROUND_TOKENS = 256
 """Tokens of a batch in the background: a prediction that comes in waits for it to end."""

@@ -7,16 +7,15 @@ all numbers are in a table.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from html import escape
-from itertools import groupby
 from typing import TYPE_CHECKING
 
 from mlserver_hftasks.explain.scale import AGAINST, FOR, Scale
 from mlserver_hftasks.explain.style import PAGE_STYLE, STYLE
 
 if TYPE_CHECKING:
-    from mlserver_hftasks.explain.reading import Reading, Target, Word
+    from mlserver_hftasks.explain.reading import Piece, Reading, Target, Word
 
 MAX_ALPHA = 0.6
 LABELLED_SHARE = 0.12
@@ -56,10 +55,12 @@ def _sections(reading: Reading) -> str:
 def _section(reading: Reading, index: int) -> str:
     target, words = reading.targets[index], reading.words(index)
     scale = Scale(word.attribution for word in words)
+    place = reading.place(index)
+    at = f" at <b>{escape(place)}</b>" if place else ""
     return (
         f'<section class="hft" aria-label="{escape(f"Why {target.label}")}">'
-        f"<h2>Why <b>{escape(target.label)}</b>{_place(reading, target)}?</h2>"
-        f"{_numbers(target, scale)}{_warning(target, scale)}{_text(reading, words, scale)}"
+        f"<h2>Why <b>{escape(target.label)}</b>{at}?</h2>"
+        f"{_numbers(target, scale)}{_warning(target, scale)}{_text(reading, index, scale)}"
         f"{_legend(target, scale)}{_tables(words, scale)}"
         f"<footer>{escape(reading.method)}, baseline {escape(reading.baseline)}, "
         f"{reading.evaluations} evaluations of the model</footer></section>"
@@ -69,13 +70,6 @@ def _section(reading: Reading, index: int) -> str:
 def _rgba(share: float, alpha: float) -> str:
     red, green, blue = FOR if share > 0 else AGAINST
     return f"rgba({red},{green},{blue},{alpha:.3g})"
-
-
-def _place(reading: Reading, target: Target) -> str:
-    """Which token the score is of, where it is of one."""
-    if not 0 <= target.position < len(reading.tokens):
-        return ""
-    return f" at <b>{escape(reading.tokens[target.position])}</b>"
 
 
 def _numbers(target: Target, scale: Scale) -> str:
@@ -98,39 +92,22 @@ def _warning(target: Target, scale: Scale) -> str:
     )
 
 
-def _text(reading: Reading, words: Sequence[Word], scale: Scale) -> str:
-    paragraphs = groupby(words, key=lambda word: word.sequence)
-    return "".join(
-        f'<p class="text" dir="auto">{"".join(_marked(reading, list(own), scale))}</p>'
-        for _, own in paragraphs
-    )
+def _text(reading: Reading, index: int, scale: Scale) -> str:
+    passages = ("".join(_piece(piece, scale) for piece in pieces) for pieces in reading.passages(index))
+    return "".join(f'<p class="text" dir="auto">{passage}</p>' for passage in passages)
 
 
-def _marked(reading: Reading, words: Sequence[Word], scale: Scale) -> Iterator[str]:
-    """The words with what is between them in their text, or a space where nobody knows."""
-    position = 0
-    for number, word in enumerate(words):
-        if word.start >= 0:
-            yield escape(reading.texts[word.sequence][position : word.start])
-            position = word.end
-        elif number:
-            yield " "
-        yield _mark(word, scale)
-    if words and words[-1].start >= 0:
-        yield escape(reading.texts[words[-1].sequence][position:])
-
-
-def _mark(word: Word, scale: Scale) -> str:
-    share, text, number = scale.share(word.attribution), escape(word.text), scale.number(word.attribution)
-    colour = _rgba(share, MAX_ALPHA * abs(share))
-    title = escape(f"{word.text.strip()}: {number}")
+def _piece(piece: Piece, scale: Scale) -> str:
+    text = escape(piece.text)
+    if piece.word is None:
+        return text
+    number, share = scale.number(piece.word.attribution), scale.share(piece.word.attribution)
+    colour = f'style="background:{_rgba(share, MAX_ALPHA * abs(share))}"'
+    title = f'title="{escape(f"{piece.word.text.strip()}: {number}")}"'
     if abs(share) < LABELLED_SHARE:
-        return f'<mark style="background:{colour}" title="{title}">{text}</mark>'
+        return f"<mark {colour} {title}>{text}</mark>"
     sign = "for" if share > 0 else "against"
-    return (
-        f'<mark class="{sign}" style="background:{colour}" title="{title}">'
-        f"<ruby>{text}<rt>{number}</rt></ruby></mark>"
-    )
+    return f'<mark class="{sign}" {colour} {title}><ruby>{text}<rt>{number}</rt></ruby></mark>'
 
 
 def _legend(target: Target, scale: Scale) -> str:

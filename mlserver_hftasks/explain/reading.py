@@ -6,7 +6,7 @@ nor numpy.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -30,6 +30,14 @@ class Word:
     sequence: int
     """0, or 1 in the second text of a pair."""
     attribution: float
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of a text: a word, or what is between words."""
+
+    text: str
+    word: Word | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +93,20 @@ class Reading:
             self._word(indices, sum(attributions[index] for index in indices)) for indices in self._groups()
         ]
 
+    def passages(self, target: int = 0) -> list[list[Piece]]:
+        """The texts in pieces: the words, and what is between them, or a space where nobody knows."""
+        words = self.words(target)
+        count = max([len(self.texts), *(word.sequence + 1 for word in words)])
+        return [list(self._pieces(number, words)) for number in range(count)]
+
+    def place(self, target: int = 0) -> str:
+        """The word that the score is of; "" where it is of the whole text."""
+        position = self.targets[target].position
+        if not 0 <= position < len(self.tokens):
+            return ""
+        within = next((indices for indices in self._groups() if position in indices), None)
+        return self.tokens[position] if within is None else self._word(within, 0.0).text.strip()
+
     def to_frame(self) -> Any:
         """A `pandas.DataFrame`, one line per target and word. Raises `ImportError` without pandas."""
         import pandas
@@ -125,6 +147,22 @@ class Reading:
             return self.sequence_ids[index], word, index if word < 0 else -1
 
         return (list(indices) for _, indices in groupby(own, key=word_of))
+
+    def _pieces(self, sequence: int, words: Sequence[Word]) -> Iterator[Piece]:
+        text = self.texts[sequence] if sequence < len(self.texts) else ""
+        position = 0
+        for number, word in enumerate(word for word in words if word.sequence == sequence):
+            if word.start < 0:
+                yield from ([Piece(" ")] if number else [])
+                yield Piece(word.text, word)
+                position = len(text)
+                continue
+            if position < word.start:
+                yield Piece(text[position : word.start])
+            yield Piece(text[max(position, word.start) : word.end], word)
+            position = max(position, word.end)
+        if position < len(text):
+            yield Piece(text[position:])
 
     def _word(self, indices: list[int], attribution: float) -> Word:
         sequence = self.sequence_ids[indices[0]]

@@ -170,7 +170,8 @@ class AnsweringService:
 
     def _split(self, payload: InferenceRequest) -> tuple[InferenceRequest, Wish]:
         """The request, and its wish with the mode that counts."""
-        request, wish = split_request(payload)
+        with nesting_checked():
+            request, wish = split_request(payload)
         mode = wish.mode or self.mode
         if self._predictions is None and mode != EXPLAIN:
             raise InvalidRequest("this model only explains, expected the mode explain @ mode")

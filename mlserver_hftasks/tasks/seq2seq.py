@@ -170,9 +170,15 @@ class Seq2Seq(Task[Q]):
         given = parameters.prefix
         return self._prefix if given is None else self.text(given, "prefix")
 
+    def first_token(self, parameters: Q) -> int | None:
+        """What an answer begins with, where it is no parameter of `generate()`. Raises `InvalidRequest`."""
+        return None
+
     def _example(self, ids: IntArray, arguments: Mapping[str, Any], parameters: Q) -> Example:
         least, most = self._lengths(parameters)
-        decoding = Decoding(most, least, self._choices.width(parameters), parameters.seed)
+        decoding = Decoding(
+            most, least, self._choices.width(parameters), parameters.seed, self.first_token(parameters)
+        )
         key = GenerateKey.of(
             arguments,
             stop=tuple(parameters.stop or parameters.stop_sequence or ()),

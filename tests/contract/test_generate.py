@@ -12,14 +12,11 @@ import pytest
 import torch
 import transformers
 
-from mlserver_hftasks.backends.generate import (
-    FINISH_REASONS,
-    GenerateBackend,
-    GenerateKey,
-    with_shared_weights,
-)
+from mlserver_hftasks.backends.generate import GenerateBackend
+from mlserver_hftasks.backends.keys import GenerateKey
+from mlserver_hftasks.backends.twin import with_shared_weights
 from mlserver_hftasks.engine.rows import Decoding, Outputs, Row
-from mlserver_hftasks.engine.sequences import FinishReason
+from mlserver_hftasks.engine.sequences import FINISH_REASONS, FinishReason
 from mlserver_hftasks.loading import serve
 from tests import harness, tiny
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tritonclient.http as triton
 
+from mlserver_hftasks.client import read
 from tests.server.process import Server
 from tests.server.v2 import infer_path, texts
 
@@ -45,6 +46,15 @@ def test_tritonclient_over_http(server: Server) -> None:
     assert typed.as_numpy("label").shape == (2, 2)
     assert typed.as_numpy("probabilities").dtype == np.float32
     assert typed.as_numpy("probabilities").sum(axis=1) == pytest.approx([1, 1], abs=1e-5)
+
+
+def test_explanations_over_http(server: Server) -> None:
+    with triton.InferenceServerClient(f"127.0.0.1:{server.http_port}") as client:
+        beside = client.infer("sentiment", [triton_input(LOVED)], parameters={"explain": "occlusion"})
+    (reading,) = read(beside)
+    assert [word.text for word in reading.words()] == LOVED.split()
+    assert beside.as_numpy("attributions").shape == (1, 1, len(reading.tokens))
+    assert beside.as_numpy("converged").dtype == np.bool_
 
 
 def test_tritonclient_with_binary_data_is_told_what_to_do(server: Server) -> None:
@@ -81,6 +91,8 @@ def test_tritonclient_over_grpc(server: Server) -> None:
     assert got["labels"] == [result["label"] for result in expected]
     assert np.ravel(got["scores"]) == pytest.approx([result["score"] for result in expected], abs=1e-6)
     assert got["probabilities"] == [[2, 2], "float32"]
+    assert got["explained"] == got["labels"]
+    assert got["converged"] == [[2, 1], "bool"]
     assert got["id"] == "seven"
     assert got["wrong"][0] == "StatusCode.INVALID_ARGUMENT"
     assert got["wrong"][1].endswith("@ top_k")

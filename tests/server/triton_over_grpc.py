@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import tritonclient.grpc as triton
 
+from mlserver_hftasks.client import read
+
 TEXTS = ["I loved this film", "This is terrible!"]
 
 
@@ -37,6 +39,7 @@ def calls(client: Any, model: str) -> dict[str, Any]:
     names = ["score", "label", "probabilities"]
     typed = client.infer(model, inputs(TEXTS), outputs=[triton.InferRequestedOutput(name) for name in names])
     with_parameter = client.infer(model, inputs(TEXTS), parameters={"top_k": 2})
+    explained = client.infer(model, inputs(TEXTS), parameters={"explain": '{"method": "input-x-gradient"}'})
     metadata = client.get_model_metadata(model, as_json=True)
     return {
         "ready": [client.is_server_live(), client.is_server_ready(), client.is_model_ready(model)],
@@ -48,6 +51,11 @@ def calls(client: Any, model: str) -> dict[str, Any]:
         "labels": texts_of(typed, "label"),
         "scores": typed.as_numpy("score").tolist(),
         "probabilities": [list(typed.as_numpy("probabilities").shape), str(typed.as_numpy("score").dtype)],
+        "explained": [target.label for one in read(explained) for target in one.targets],
+        "converged": [
+            list(explained.as_numpy("converged").shape),
+            str(explained.as_numpy("converged").dtype),
+        ],
         "id": client.infer(model, inputs(TEXTS), request_id="seven").get_response().id,
         "wrong": error_of(client, model, parameters={"top_k": 0}),
         "fraction": error_of(client, model, parameters={"top_k": 2.5}),

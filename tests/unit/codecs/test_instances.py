@@ -6,10 +6,13 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from mlserver.types import InferenceResponse, ResponseOutput
 
 from mlserver_hftasks.codecs.instances import MAX_INSTANCES, MAX_REQUESTS, encode_explanations, requests_of
 from mlserver_hftasks.errors import InvalidRequest
+from tests.unit.codecs.test_content import JSON
 
 
 def groups_of(*instances: Any, **rest: Any) -> Any:
@@ -88,6 +91,9 @@ def test_answers_come_back_in_the_order_of_the_instances() -> None:
         (b'{"instances": "a"}', "@ instances"),
         (b'{"instances": []}', "expected 1..1024 @ instances"),
         (b'{"instances": [1]}', "@ instances[0]"),
+        (b'{"instances": [' + b"[" * 1000 + b"]" * 1000 + b"]}", "nested too deeply"),
+        (b'{"instances": [{"text": ' + b"[" * 400 + b"]" * 400 + b"}]}", "nested too deeply"),
+        (b'{"instances": [{"text": "a", "target": ' + b"[" * 400 + b"]" * 400 + b"}]}", "nested too deeply"),
         (b'{"instances": ["a", {"target": 1}]}', "@ instances[1]"),
         (b'{"instances": [{"text": "a", "data": "b"}]}', "both text and data"),
         (b'{"instances": ["a"], "instance": []}', "did you mean 'instances'?"),
@@ -99,6 +105,25 @@ def test_what_is_wrong_is_told(body: bytes, reason: str) -> None:
     with pytest.raises(InvalidRequest) as error:
         requests_of(body, "explanation")
     assert reason in str(error.value)
+
+
+KEYS = st.sampled_from(
+    ["instances", "parameters", "text", "data", "text_pair", "question", "target", "headers"]
+)
+BODIES = st.recursive(
+    JSON, lambda inner: st.dictionaries(KEYS, inner | st.lists(inner, max_size=3), max_size=3)
+)
+
+
+@given(BODIES | st.lists(BODIES, min_size=1, max_size=3).map(lambda each: {"instances": each}))
+def test_any_body_is_read_or_refused(body: Any) -> None:
+    try:
+        groups = requests_of(json.dumps(body).encode(), "explanation")
+    except InvalidRequest as error:
+        assert " @ " in str(error)
+    else:
+        indices = sorted(index for group in groups for index in group.indices)
+        assert indices == list(range(len(body["instances"])))
 
 
 def test_counts_are_bounded() -> None:

@@ -66,6 +66,15 @@ def test_words_of_another_target() -> None:
     assert [word.attribution for word in both.words(1)] != [word.attribution for word in both.words()]
 
 
+def test_the_place_of_a_score_is_a_word() -> None:
+    one = explanation(("delicious soup",))
+    for position, place in ((2, "delicious"), (4, "soup"), (0, "[CLS]"), (-1, ""), (99, "")):
+        made = reading(explanation(("delicious soup",), target=np.array([[position, 0]])))
+        assert made.place() == place
+        assert (f" at <b>{place}</b>?" in fragment(made)) == bool(place)
+    assert reading(one).place() == ""
+
+
 def test_a_console_shows_the_weightiest_words() -> None:
     attributions = np.zeros_like(explanation().attributions)
     attributions[0, 1], attributions[0, 2] = 2.0, -1.0
@@ -158,9 +167,15 @@ def test_what_clients_and_models_say_is_text() -> None:
 def test_the_text_is_shown_as_it_is(text: str) -> None:
     made = page([reading(hostile(text))], title=text)
     assert_harmless(made)
-    # What a browser makes of a text without words is not drawn at all; line ends are as HTML has them.
-    shown = Parsed(made).texts
-    assert [one.replace("\r\n", "\n") for one in shown] in ([], [text.replace("\r\n", "\n")])
+    assert Parsed(made).texts == [text]
+
+
+def test_words_that_overlap_are_shown_once() -> None:
+    one = explanation(("one two",), pieces=9)
+    offsets = np.array([(-1, -1), (0, 5), (4, 7), (-1, -1)])
+    made = Parsed(fragment(reading(explanation(("one two",), pieces=9, offsets=offsets))))
+    assert len(one.tokens) == len(offsets)
+    assert made.texts == ["one two"]
 
 
 def test_a_pair_is_two_paragraphs() -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from mlserver.types import InferenceRequest, Parameters, RequestInput, RequestOutput, ResponseOutput
 from pydantic import Field
 
@@ -18,6 +22,7 @@ from mlserver_hftasks.runtime.service import Reply
 from mlserver_hftasks.tasks.signature import InputSpec, OutputSpec, Signature
 from mlserver_hftasks.tasks.signature import Parameters as TaskParameters
 from tests.explanations import explanation
+from tests.unit.codecs.test_content import JSON
 
 
 class SomeParameters(TaskParameters):
@@ -73,6 +78,13 @@ class FakePredictions:
     async def stream(self, payload: InferenceRequest) -> AsyncIterator[Reply]:
         for _ in range(3):
             yield await self.answer(payload)
+
+
+def nested(levels: int) -> Any:
+    made: Any = 1
+    for _ in range(levels):
+        made = [made]
+    return made
 
 
 def request_of(
@@ -226,6 +238,8 @@ async def test_what_is_not_asked_for_is_not_done() -> None:
         ({"explain": [1]}, "@ explain"),
         ({"explain": "{"}, "invalid JSON"),
         ({"explain": 7}, "@ explain"),
+        ({"explain": nested(1000)}, "nested too deeply"),
+        ({"mode": nested(1000)}, "nested too deeply"),
         ({"mode": "explain", "explain": False}, "@ explain"),
         ({"mode": "explain", "methode": "occlusion"}, "did you mean 'method'?"),
         ({"mode": "explain", "tolerance": True}, "no boolean"),
@@ -236,6 +250,18 @@ async def test_what_is_wrong_is_told(parameters: dict[str, Any], reason: str) ->
     with pytest.raises(InvalidRequest) as error:
         await Desk().ask(**parameters)
     assert reason in str(error.value)
+
+
+OPTIONS = st.dictionaries(st.sampled_from([*ExplainOptions.model_fields, "other"]), JSON, max_size=4)
+
+
+@given(JSON | OPTIONS | OPTIONS.map(json.dumps) | st.text(max_size=9), st.sampled_from(["infer", "explain"]))
+def test_any_wish_is_granted_or_refused(wish: Any, mode: str) -> None:
+    async def ask() -> None:
+        assert await Desk(mode=mode).ask(explain=wish)
+
+    with contextlib.suppress(InvalidRequest):
+        asyncio.run(ask())
 
 
 async def test_a_model_that_only_explains() -> None:
