@@ -25,6 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from mlserver_hftasks.backends.base import Description
+from mlserver_hftasks.backends.placed import moved
 from mlserver_hftasks.backends.sampling import choose
 from mlserver_hftasks.engine.sequences import Choice, Chunk
 
@@ -230,7 +231,7 @@ class TorchDecoder:
         if not model._supports_attention_backend:
             raise TypeError("its attention is not behind AttentionInterface")
         model.set_attn_implementation(ATTENTION_NAME)
-        self._model = model.eval().requires_grad_(False).to(device)
+        self._model = moved(model.eval().requires_grad_(False), device)
         self.cache_tokens = cache_tokens
         self._device = device
         self._cache = StepCache(cache_tokens, device)

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from mlserver_hftasks.backends.base import Description
 from mlserver_hftasks.backends.keys import GenerateKey
 from mlserver_hftasks.backends.logprobs import token_logprobs
+from mlserver_hftasks.backends.placed import moved
 from mlserver_hftasks.backends.steering import (
     WARPERS,
     Decode,
@@ -59,7 +60,7 @@ class GenerateBackend:
     def __init__(
         self, model: PreTrainedModel, *, device: torch.device, pad_token_id: int, decode: Decode
     ) -> None:
-        self._model = model.eval().requires_grad_(False).to(device)
+        self._model = moved(model.eval().requires_grad_(False), device)
         self._device = device
         self._decode = decode
         self._follows_encoder = bool(model.config.is_encoder_decoder)

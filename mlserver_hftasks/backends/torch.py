@@ -15,6 +15,7 @@ from mlserver_hftasks.backends import probe as probing
 from mlserver_hftasks.backends.base import Description, Head
 from mlserver_hftasks.backends.gradients import PathBackend
 from mlserver_hftasks.backends.packing import Backbone, Layout
+from mlserver_hftasks.backends.placed import moved
 from mlserver_hftasks.engine.rows import IntArray, Outputs, Row
 from mlserver_hftasks.errors import InvalidSettings
 
@@ -34,8 +35,7 @@ class TorchBackend:
     With `packing`, the layouts of `packing.Layout` are tried on a probe batch in turn, and the first
     that gives each row what it gets alone is used. `probe` holds rows for that, of real tokens where a
     head looks for some (BART's for the end of the text); else they are drawn at random. `precision` is
-    what the model computes in, where that is not the dtype of its weights. A model that is `placed` stays
-    where it is; `device` then is where its inputs go.
+    what the model computes in, where that is not the dtype of its weights.
     """
 
     def __init__(
@@ -48,12 +48,9 @@ class TorchBackend:
         packing: bool = True,
         probe: Sequence[Row] | None = None,
         precision: str | None = None,
-        placed: bool = False,
     ) -> None:
         model.config.use_cache = False  # keys and values are kept for generation only
-        self._model = model.eval().requires_grad_(False)
-        if not placed:
-            self._model.to(device)
+        self._model = moved(model.eval().requires_grad_(False), device)
         self._head = head
         self._device = device
         self._pad_token_id = pad_token_id

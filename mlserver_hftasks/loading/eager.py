@@ -37,6 +37,7 @@ def load_eager(settings: Settings) -> Served:
     encoder = Encoder(tokenizer, max_tokens_of(settings.max_length, tokenizer, model))
     pad_token_id = pad_token_id_of(tokenizer, model)
     if kind.head.generates:
+        _check_generating(settings)
         return generating(settings, source, kind, config, model, encoder, device, pad_token_id)
     task = kind(model_facts(settings, config, encoder, source.folder))
     backend = torch_backend(
@@ -63,6 +64,17 @@ def check_quantization(settings: Settings, device: torch.device) -> None:
         )
 
 
+def _check_generating(settings: Settings) -> None:
+    asked = {"quantization": settings.quantization not in (None, "none")}
+    asked["compile"] = settings.compile is not None and settings.compile.enable
+    for name, wanted in asked.items():
+        if wanted:
+            raise InvalidSettings(
+                f"got {name}, but models that generate run as they are, expected another task, or no such "
+                f"key @ parameters.extra.{name}"
+            )
+
+
 def torch_backend(
     settings: Settings,
     model: PreTrainedModel,
@@ -84,7 +96,6 @@ def torch_backend(
         probe=probe,
         packing=settings.packing == "auto",
         precision="int8" if quantized else None,
-        placed=is_placed(settings),
     )
     if settings.compile is not None and settings.compile.enable:
         backend.compile(settings.compile.backend, settings.compile.mode, probe)

@@ -31,6 +31,8 @@ logger = logging.getLogger("mlserver.hftasks")
 NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",), "export": ()}
 """Packages by backend; each is in the extra of that name."""
 QUANTIZES = {"onnx": ("int8", "int8-static"), "openvino": ("int8",), "export": ()}
+MOST = {"none": 1e-3, "int8": 0.5, "int8-static": 0.5}
+"""Largest relative difference of a program from its model; of quantized ones the report says more."""
 KEPT = ("modules.json", "*_Pooling", "*_Dense", "*_Normalize", "config_sentence_transformers.json")
 KEPT_TOO = ("sentence_*_config.json", "index_to_name.json")
 """Files of a model that tasks read."""
@@ -66,6 +68,12 @@ def make_program(
     )
     tell("comparing it with the model")
     difference = _difference(settings, manifest, made, out, kind.head)
+    if not difference <= MOST[order.quantization]:  # NaN is too much as well
+        raise InvalidSettings(
+            f"the program's outputs differ from the model's by {difference:.1e} of the largest, expected at "
+            f"most {MOST[order.quantization]:g}: choose another backend or quantization "
+            "@ parameters.extra.backend"
+        )
     manifest.write(out)
     return manifest, difference
 

@@ -103,8 +103,9 @@ def sentiment() -> Path:
     ],
 )
 def test_tasks_of_one_head_share_a_program(head: tiny.HeadName, backend: str, task: str, inputs: Any) -> None:
+    parameters = {"candidate_labels": ["river", "town"]} if task.startswith("zero") else {}
     got, want = (
-        results(serve(folder, task), inputs)
+        results(serve(folder, task), inputs, **parameters)
         for folder in (exported.folder("bert", head, backend), tiny.folder("bert", head))
     )
     assert_close(got, want)

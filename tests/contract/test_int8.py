@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mlserver_hftasks.errors import InvalidSettings
+from mlserver_hftasks.settings import Compile
 from tests import tiny
 from tests.contract.test_packing import LAYOUTS, assert_close, one_thread, rows_of
 from tests.harness import serve
@@ -64,3 +65,16 @@ def test_a_half_precision_checkpoint_is_quantized_from_float32(tmp_path: Any) ->
     tiny.tokenizer_of("bert").save_pretrained(tmp_path)
     backend = serve(tmp_path, "feature-extraction", quantization="int8").backend
     assert backend._model.dtype == torch.float32
+
+
+@pytest.mark.parametrize("settings", [{"quantization": "int8"}, {"compile": Compile()}])
+def test_models_that_generate_say_that_they_run_as_they_are(settings: Any) -> None:
+    with pytest.raises(InvalidSettings, match="models that generate run as they are"):
+        serve(tiny.folder("gpt2", "causal"), "text-generation", **settings)
+
+
+def test_models_that_generate_step_in_half_precision() -> None:
+    served = serve(tiny.folder("gpt2", "causal"), "text-generation", dtype="bfloat16")
+    assert served.decoder is not None
+    assert served.description.dtype == "bfloat16"
+    served.close()

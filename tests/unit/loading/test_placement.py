@@ -68,3 +68,13 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placement, "find_spec", lambda name: None)
     with pytest.raises(InvalidSettings, match=r"pip install 'mlserver-hftasks\[parallel\]'"):
         placement.placement_options(read_settings({"device_map": "auto"}, {}))
+
+
+def test_models_that_generate_stay_where_the_map_has_put_them() -> None:
+    stepped = read_settings({"task": "text-generation", "device_map": {"": "cpu"}}, {})
+    folder = str(tiny.folder("gpt2", "causal"))
+    assert load(stepped.model_copy(update={"pretrained_model": folder})).decoder is not None
+    extra = {"task": "text2text-generation", "pretrained_model": str(tiny.folder("bart", "seq2seq"))}
+    placed, plain = (load(read_settings({**extra, **more}, {})) for more in ({"device_map": "auto"}, {}))
+    asked = {"inputs": ["the river was"]}
+    assert results(placed, asked, max_new_tokens=4) == results(plain, asked, max_new_tokens=4)
