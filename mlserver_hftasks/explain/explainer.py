@@ -1,6 +1,6 @@
 """From a request to its explanations.
 
-The request's rows are predicted as any others. Then each item is explained by itself: a method asks for
+The request's rows are predicted. Then each item is explained by itself: a method asks for
 evaluations, and those of all items and all requests run together in batches. Gradients have a thread of
 their own, which stops between two layers while predictions wait; methods without gradients run in the
 background of the predictions' own engine.
@@ -37,8 +37,8 @@ from mlserver_hftasks.tasks.signature import Parameters
 
 MAX_BATCH_TOKENS = {"cpu": 512}
 """Tokens of a batch of gradients; 16384 on other devices."""
-BACKGROUND_TOKENS = 256
-"""Tokens of a batch in the background: a prediction that comes in waits for it to end."""
+BACKGROUND_TOKENS = {"cpu": 64}
+"""Tokens of a batch in the background, since a prediction that comes in waits for it to end; or 2048."""
 UNBOUNDED = 1 << 40
 """Of rows that wait: texts are counted where they come in."""
 MAX_PAUSE_S = 0.1
@@ -87,7 +87,8 @@ class Explainer:
         self._batcher = batcher
         self._limits = limits or ExplainLimits()
         self._waiting = 0
-        batcher.open_background(_scheduler(BACKGROUND_TOKENS, padded=backend.padded))
+        tokens = BACKGROUND_TOKENS.get(backend.description.device.partition(":")[0], 2048)
+        batcher.open_background(_scheduler(tokens, padded=backend.padded))
         self._gradients = gradients_of(task, backend)
         self._paths: Batcher | None = None
         if self._gradients is not None:
@@ -179,11 +180,11 @@ class Explainer:
             self._waiting -= count
 
     async def _predicted(self, examples: Sequence[Example], clock: Clock) -> list[Answered]:
-        """The model's answers, as of any request."""
+        """The model's answers, which say what to explain."""
         rows = [row for example in examples for row in example.rows]
         try:
             async with asyncio.timeout(clock.left_s):
-                outputs = iter(await self._batcher.run(rows))
+                outputs = iter(await self._batcher.run(rows, background=True, since=clock.began))
         except TimeoutError:
             raise too_late() from None
         return [Answered(example, [next(outputs) for _ in example.rows]) for example in examples]
