@@ -246,13 +246,15 @@ def _attend_each(
     Neighbours of one length share a launch.
     """
     grouped = query.shape[1] != key.shape[1]
-    pieces = []
-    start = 0
-    for length, run in itertools.groupby(sequences.lengths):
-        count = len(list(run))
-        q, k, v = (_stacked(states, start, count, length) for states in (query, key, value))
+    runs = [(length, len(list(run))) for length, run in itertools.groupby(sequences.lengths)]
+    sizes = [length * count for length, count in runs]
+    # Not `narrow`, whose gradient would fill a tensor of the whole batch for every piece.
+    pieces = zip(*(torch.split(states[0], sizes, dim=1) for states in (query, key, value)), strict=True)
+    attended = []
+    for (length, count), of_run in zip(runs, pieces, strict=True):
+        q, k, v = (_stacked(states, count, length) for states in of_run)
         mask = None if window is None or length <= window else _window_mask(length, window, causal, query)
-        attended = scaled_dot_product_attention(
+        outputs = scaled_dot_product_attention(
             q,
             k,
             v,
@@ -261,16 +263,13 @@ def _attend_each(
             scale=scaling,
             enable_gqa=grouped,
         )
-        pieces.append(attended.transpose(1, 2).flatten(0, 1))
-        start += count * length
-    return torch.cat(pieces)[None]
+        attended.append(outputs.transpose(1, 2).flatten(0, 1))
+    return torch.cat(attended)[None]
 
 
-def _stacked(states: torch.Tensor, start: int, count: int, length: int) -> torch.Tensor:
-    """Sequences of one length as a batch: [1, heads, T, d] -> [count, heads, length, d]."""
-    heads, _, size = states.shape[1:]
-    run = states[0].narrow(1, start, count * length)
-    return run.reshape(heads, count, length, size).transpose(0, 1)
+def _stacked(states: torch.Tensor, count: int, length: int) -> torch.Tensor:
+    """Sequences of one length as a batch: [heads, count * length, d] -> [count, heads, length, d]."""
+    return states.reshape(len(states), count, length, -1).transpose(0, 1)
 
 
 def _window_mask(length: int, window: int, causal: bool, like: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 The device thread takes its next batch itself, at the moment it is free: a batch is formed as late as
 can be, and the device never waits for the event loop. A second scheduler, where there is one, holds rows of
-the background: their batches run only while no other row waits.
+the background: their batches run while no other row waits.
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ class Forward(Protocol):
 
     def forward(self, rows: Sequence[Row]) -> Sequence[Outputs]:
         """Run the rows as one batch; one mapping of outputs per row, in order."""
+
+
+BACKGROUND_PATIENCE_S = 1.0
+"""Seconds after which a batch of the background runs though other rows wait, so that nothing starves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +77,7 @@ class Batcher:
         self._backend = backend
         self._scheduler = scheduler
         self._background: Scheduler | None = None
+        self._background_due = 0.0
         self._on_thread_start = on_thread_start
         self._observe = observe
         self._observe_queue = observe_queue
@@ -94,8 +99,8 @@ class Batcher:
     ) -> list[Outputs]:
         """The outputs of the rows, in order.
 
-        `background` rows wait for all others. `since`, a time of `time.monotonic`, counts as their arrival
-        where they go on with what began earlier.
+        `background` rows wait for all others, though not for ever. `since`, a time of `time.monotonic`,
+        counts as their arrival where they go on with what began earlier.
 
         Raises `Overloaded` at once, `Unavailable` when closing, `ForwardFailed` if the model raised on
         one of these rows. Cancelling the call takes its waiting rows out of the queue, and ends those
@@ -110,10 +115,13 @@ class Batcher:
         with self._wake:
             if self._closed:
                 raise Unavailable("the model is being unloaded, expected a model that is ready")
-            job = scheduler.submit(rows, time.monotonic() if since is None else since)
-            self._waiters[job] = waiter
+            now = time.monotonic()
             if not background:
                 self._idle.clear()
+            elif not scheduler.queued_rows:
+                self._background_due = now + BACKGROUND_PATIENCE_S
+            job = scheduler.submit(rows, now if since is None else since)
+            self._waiters[job] = waiter
             self._wake.notify()
         self._observe_queue(self.queued_rows)
         try:
@@ -182,16 +190,27 @@ class Batcher:
     def _take_batch(self) -> tuple[Scheduler, Batch] | None:
         with self._wake:
             while not self._closed:
-                batch = self._scheduler.next_batch(time.monotonic())
-                if batch is not None:
-                    return self._scheduler, batch
-                self._idle.set()
-                if self._background is not None:
-                    batch = self._background.next_batch(time.monotonic())
-                    if batch is not None:
-                        return self._background, batch
+                now = time.monotonic()
+                taken = self._take_background(now) if now > self._background_due else None
+                taken = taken or self._take_foreground(now) or self._take_background(now)
+                if taken is not None:
+                    return taken
                 self._wake.wait()
         return None
+
+    def _take_foreground(self, now: float) -> tuple[Scheduler, Batch] | None:
+        batch = self._scheduler.next_batch(now)
+        if batch is None:
+            self._idle.set()
+            return None
+        return self._scheduler, batch
+
+    def _take_background(self, now: float) -> tuple[Scheduler, Batch] | None:
+        batch = self._background.next_batch(now) if self._background is not None else None
+        if batch is None or self._background is None:
+            return None
+        self._background_due = now + BACKGROUND_PATIENCE_S
+        return self._background, batch
 
     def _execute(self, tickets: Sequence[Ticket]) -> list[Result]:
         """Outputs or an error per row. A batch that fails is halved until the failing row is alone."""

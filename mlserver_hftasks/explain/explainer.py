@@ -1,6 +1,6 @@
 """From a request to its explanations.
 
-The request's rows are predicted as any others. Then each item is explained by itself: a method asks for
+The request's rows are predicted. Then each item is explained by itself: a method asks for
 evaluations, and those of all items and all requests run together in batches. Gradients have a thread of
 their own, which stops between two layers while predictions wait; methods without gradients run in the
 background of the predictions' own engine.
@@ -15,33 +15,30 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-import torch
-
 from mlserver_hftasks.backends.base import Backend
-from mlserver_hftasks.backends.gradients import Differentiable, PathRow
+from mlserver_hftasks.backends.gradients import Differentiable, PathBackend
 from mlserver_hftasks.engine.batcher import Batcher
 from mlserver_hftasks.engine.cost import CostModel
-from mlserver_hftasks.engine.rows import FloatArray, Outputs, Row
+from mlserver_hftasks.engine.rows import FloatArray
 from mlserver_hftasks.engine.scheduler import Limits, Scheduler
 from mlserver_hftasks.engine.together import together
 from mlserver_hftasks.errors import InvalidRequest, Overloaded, RequestTooLarge
 from mlserver_hftasks.explain import absence
+from mlserver_hftasks.explain.cases import Case
 from mlserver_hftasks.explain.evaluation import Clock, attribute
 from mlserver_hftasks.explain.methods import masking, path
-from mlserver_hftasks.explain.methods.base import Effort, Estimate, too_late
+from mlserver_hftasks.explain.methods.base import Estimate, too_late
 from mlserver_hftasks.explain.options import ExplainOptions
 from mlserver_hftasks.explain.result import BoolArray, Explanation
 from mlserver_hftasks.explain.targets import targets_of
-from mlserver_hftasks.explain.targets.base import Subject
-from mlserver_hftasks.explain.tokens import Tokens, merged, tokens_of
+from mlserver_hftasks.explain.tokens import tokens_of
 from mlserver_hftasks.tasks.base import Answered, Example, Task
 from mlserver_hftasks.tasks.signature import Parameters
 
 MAX_BATCH_TOKENS = {"cpu": 512}
 """Tokens of a batch of gradients; 16384 on other devices."""
-BACKGROUND_TOKENS = 256
-"""Tokens of a batch in the background: a prediction that comes in waits for it to end."""
+BACKGROUND_TOKENS = {"cpu": 64}
+"""Tokens of a batch in the background, since a prediction that comes in waits for it to end; or 2048."""
 UNBOUNDED = 1 << 40
 """Of rows that wait: texts are counted where they come in."""
 MAX_PAUSE_S = 0.1
@@ -58,15 +55,14 @@ class ExplainLimits:
     """Most texts that are being explained or wait for it; beyond: `Overloaded`."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Case:
-    """One item that is being explained."""
+def gradients_of(task: Task[Any], backend: Backend) -> PathBackend | None:
+    """What gives gradients of a task's scores; None where there are none, or nothing to explain.
 
-    subject: Subject
-    tokens: Tokens
-    method: str
-    options: ExplainOptions
-    clock: Clock
+    The first call takes a while: make it where nobody waits, and before rows run.
+    """
+    if targets_of(task) is None or not isinstance(backend, Differentiable):
+        return None
+    return backend.gradients()
 
 
 class Explainer:
@@ -91,9 +87,9 @@ class Explainer:
         self._batcher = batcher
         self._limits = limits or ExplainLimits()
         self._waiting = 0
-        batcher.open_background(_scheduler(BACKGROUND_TOKENS, padded=backend.padded))
-        explainable = self._targets is not None
-        self._gradients = backend.gradients() if explainable and isinstance(backend, Differentiable) else None
+        tokens = BACKGROUND_TOKENS.get(backend.description.device.partition(":")[0], 2048)
+        batcher.open_background(_scheduler(tokens, padded=backend.padded))
+        self._gradients = gradients_of(task, backend)
         self._paths: Batcher | None = None
         if self._gradients is not None:
             tokens = MAX_BATCH_TOKENS.get(self._gradients.device.type, 16384)
@@ -184,11 +180,11 @@ class Explainer:
             self._waiting -= count
 
     async def _predicted(self, examples: Sequence[Example], clock: Clock) -> list[Answered]:
-        """The model's answers, as of any request."""
+        """The model's answers, which say what to explain."""
         rows = [row for example in examples for row in example.rows]
         try:
             async with asyncio.timeout(clock.left_s):
-                outputs = iter(await self._batcher.run(rows))
+                outputs = iter(await self._batcher.run(rows, background=True, since=clock.began))
         except TimeoutError:
             raise too_late() from None
         return [Answered(example, [next(outputs) for _ in example.rows]) for example in examples]
@@ -201,63 +197,52 @@ class Explainer:
         options: ExplainOptions,
         method: str,
         clock: Clock,
-    ) -> list[_Case]:
+    ) -> list[Case]:
         assert self._targets is not None
         subjects = [self._targets.subject(item, options.target, parameters, references) for item in answered]
         return [
-            _Case(subject, tokens_of(subject, self._tokenizer, options.level), method, options, clock)
+            Case(subject, tokens_of(subject, self._tokenizer, options.level), method, options, clock)
             for subject in subjects
         ]
 
     # -- the explanation of one item -------------------------------------------------------------
 
-    async def _explained(self, case: _Case) -> Explanation:
+    async def _explained(self, case: Case) -> Explanation:
         if not case.subject.labels:
-            return _explanation(case, _nothing(case), "")
+            return case.explanation(case.nothing(), "")
         attribution = self._along_path if case.method in path.METHODS else self._by_masking
-        return _explanation(case, *await attribution(case))
+        return case.explanation(*await attribution(case))
 
-    async def _along_path(self, case: _Case) -> tuple[Estimate, str]:
+    async def _along_path(self, case: Case) -> tuple[Estimate, str]:
         """By gradients: features are tokens, and words are summed up afterwards."""
         assert self._paths is not None
-        paths, subject, kept = self._paths, case.subject, case.tokens.kept
+        paths = self._paths
         absent, name = absence.on_path(case.options.baseline, self._tokenizer)
-
-        def point_row(alpha: float) -> PathRow:
-            key = (subject.row.key, subject.row.select is not None)
-            return PathRow(
-                subject.row.arrays,
-                key,
-                subject.row.select,
-                alpha=alpha,
-                absent=absent,
-                kept=kept,
-                score=subject.score,
-            )
 
         async def evaluate(alphas: Sequence[float]) -> list[path.Point | None]:
             known = await case.clock.run(
-                lambda rows, began: paths.run(rows, since=began), [point_row(alpha) for alpha in alphas]
+                lambda rows, began: paths.run(rows, since=began),
+                [case.point_row(alpha, absent) for alpha in alphas],
             )
             return [None if out is None else path.Point(out["score"], out["contribution"]) for out in known]
 
-        method = path.METHODS[case.method](_effort(case.options))
-        numbers = len(subject.labels) * len(kept)
+        method = path.METHODS[case.method](case.effort)
+        numbers = len(case.subject.labels) * len(case.tokens.kept)
         return await attribute(method, evaluate, numbers=numbers), name
 
-    async def _by_masking(self, case: _Case) -> tuple[Estimate, str]:
+    async def _by_masking(self, case: Case) -> tuple[Estimate, str]:
         """By leaving features out, in the background of the predictions."""
-        subject, tokens = case.subject, case.tokens
+        tokens = case.tokens
         absent, name = absence.in_text(case.options.baseline, self._tokenizer)
 
         async def evaluate(masks: Sequence[BoolArray]) -> list[FloatArray | None]:
-            rows = [_masked(subject.row, tokens.spread(mask), absent) for mask in masks]
+            rows = [case.masked_row(mask, absent) for mask in masks]
             known = await case.clock.run(
                 lambda rows, began: self._batcher.run(rows, background=True, since=began), rows
             )
-            return [None if outputs is None else _scores(subject, outputs) for outputs in known]
+            return [None if outputs is None else case.scores(outputs) for outputs in known]
 
-        method = masking.METHODS[case.method](len(tokens.groups), _effort(case.options))
+        method = masking.METHODS[case.method](len(tokens.groups), case.effort)
         # A permutation of n features is n coalitions of n.
         estimate = await attribute(method, evaluate, numbers=len(tokens.groups) ** 2)
         return replace(estimate, attributions=tokens.scattered(estimate.attributions)), name
@@ -266,52 +251,3 @@ class Explainer:
 def _scheduler(max_batch_tokens: int, *, padded: bool) -> Scheduler:
     limits = Limits(max_batch_tokens=max_batch_tokens, max_queue_rows=UNBOUNDED, max_queue_tokens=UNBOUNDED)
     return Scheduler(limits, CostModel(), padded=padded)
-
-
-def _effort(options: ExplainOptions) -> Effort:
-    return Effort(options.tolerance, options.max_evals)
-
-
-def _masked(row: Row, present: BoolArray, absent: int) -> Row:
-    ids = np.where(present, row.arrays["input_ids"], absent)
-    return replace(row, arrays={**row.arrays, "input_ids": ids}, source=None)
-
-
-def _scores(subject: Subject, outputs: Outputs) -> FloatArray:
-    with torch.inference_mode():
-        tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in outputs.items()}
-        scores: FloatArray = subject.score(tensors).float().numpy()
-    return scores
-
-
-def _nothing(case: _Case) -> Estimate:
-    """Of an item of which nothing is to be explained: a text without entities."""
-    none = np.zeros(0, dtype=np.float32)
-    return Estimate(
-        np.zeros((0, len(case.tokens.kept)), np.float32), none, none, none, _effort(case.options), 0
-    )
-
-
-def _explanation(case: _Case, estimate: Estimate, baseline: str) -> Explanation:
-    tokens, attributions = case.tokens, estimate.attributions
-    delta = estimate.delta
-    if case.options.level == "word":
-        tokens, groups = merged(tokens)
-        attributions = np.stack([attributions[:, group].sum(axis=1) for group in groups], axis=1)
-    return Explanation(
-        tokens=tokens.names,
-        offsets=tokens.offsets,
-        word_ids=tokens.word_ids,
-        sequence_ids=tokens.sequence_ids,
-        attributions=attributions,
-        target=case.subject.target,
-        target_label=case.subject.labels,
-        score=estimate.score,
-        baseline_score=estimate.baseline_score,
-        delta=delta,
-        converged=estimate.converged,
-        method=case.method,
-        baseline=baseline,
-        evaluations=estimate.evaluations,
-        texts=tokens.texts,
-    )

@@ -16,6 +16,7 @@ from mlserver.types import InferenceRequest, InferenceResponse, MetadataModelRes
 from mlserver_hftasks.engine.cost import CostModel
 from mlserver_hftasks.engine.warmup import warm_up
 from mlserver_hftasks.errors import ForwardFailed, HFTasksError, Unavailable
+from mlserver_hftasks.explain.explainer import gradients_of
 from mlserver_hftasks.loading import Served, load, memory, probe_rows
 from mlserver_hftasks.loading.threads import set_torch_threads
 from mlserver_hftasks.metrics import ModelMetrics
@@ -191,5 +192,6 @@ def _load(settings: Settings, cost: CostModel) -> Served:
                 served.backend.forward(rows_of((4, 16)))
             else:
                 warm_up(served.backend, served.backend.padded, cost, rows_of)
+        gradients_of(served.task, served.backend)
         memory.settle()
     return served

@@ -301,7 +301,8 @@ async def test_the_background_waits_for_predictions(served: Served) -> None:
         await asyncio.sleep(0)
         gate.set()
         await asyncio.gather(*tasks)
-    assert order == ["first", "prediction", "background"]
+    assert order[:2] == ["first", "prediction"]
+    assert set(order[2:]) == {"background"}
 
 
 async def test_a_model_that_only_forwards_is_explained_by_masking(served: Served) -> None:

@@ -36,6 +36,8 @@ MAX_EVALS = 129
 """Most evaluations of the adaptive rule, where the client does not say."""
 NARROWEST = 2.0**-16
 """No interval is halved below this: points closer than that are nearly the same in float32."""
+TRAPEZOIDS = 2
+"""Through so many points even where they lie in no order: polynomials of higher degree would swing."""
 FINE, COARSE = 6, 4
 """How many of the nearest points an interval is integrated by, and by how many to see how well."""
 MOST_EVALS = 512
@@ -75,20 +77,20 @@ def _doubtful(known: Known, tolerance: float) -> list[float]:
     return [float(middle) for middle in (alphas[wide] + alphas[wide + 1]) / 2]
 
 
-def _interpolated(known: Known, effort: Effort) -> Estimate:
+def _interpolated(known: Known, effort: Effort, rules: tuple[int, int] = (FINE, COARSE)) -> Estimate:
     """What can be said from whatever points there are, both ends among them."""
     if not {0.0, 1.0} <= known.keys():
         raise too_late()
-    integral, doubts = _integrate(known)
+    integral, doubts = _integrate(known, rules)
     return _estimate(integral, doubts.sum(axis=0), known, effort)
 
 
-def _integrate(known: Known) -> tuple[FloatArray, FloatArray]:
+def _integrate(known: Known, rules: tuple[int, int] = (FINE, COARSE)) -> tuple[FloatArray, FloatArray]:
     """The integral over the path, [K, features], and the doubts about each interval, [intervals, K]."""
     alphas = tuple(sorted(known))
     contributions = np.stack([known[alpha].contribution for alpha in alphas])
     scores = np.stack([known[alpha].score for alpha in alphas])
-    pieces, coarsely = (rule(contributions) for rule in _rules(alphas))
+    pieces, coarsely = (rule(contributions) for rule in _rules(alphas, rules))
     differences = np.abs(pieces - coarsely).sum(axis=2)
     missed = np.abs(pieces.sum(axis=2) - np.diff(scores, axis=0))
     return pieces.sum(axis=0), np.maximum(differences, missed)
@@ -128,10 +130,10 @@ class _Rule:
 
 
 @functools.lru_cache(maxsize=256)
-def _rules(alphas: tuple[float, ...]) -> tuple[_Rule, _Rule]:
-    """A fine one, and one to see how well that does."""
-    fine = min(FINE, len(alphas))
-    coarse = max(min(COARSE, fine - 1), 1)
+def _rules(alphas: tuple[float, ...], counts: tuple[int, int]) -> tuple[_Rule, _Rule]:
+    """A fine one, and one to see how well that does, by how many points they take."""
+    fine = min(counts[0], len(alphas))
+    coarse = max(min(counts[1], fine - 1), 1)
     return _Rule.through(np.array(alphas), fine), _Rule.through(np.array(alphas), coarse)
 
 
@@ -141,9 +143,10 @@ def fixed(effort: Effort) -> PathMethod:
     roots, weights = _gauss_legendre(steps)
     alphas = [float(alpha) for alpha in (roots + 1) / 2]
     known: Known = {}
-    complete = yield from _learn(known, [1.0, 0.0, *alphas])
+    scattered = np.random.default_rng(0).permutation(alphas).tolist()
+    complete = yield from _learn(known, [1.0, 0.0, *scattered])
     if not complete:
-        return _interpolated(known, effort)
+        return _interpolated(known, effort, rules=(TRAPEZOIDS, TRAPEZOIDS))
     weighted = zip(weights / 2, alphas, strict=True)
     return _complete_estimate(_total(w * known[alpha].contribution for w, alpha in weighted), known, effort)
 

@@ -391,3 +391,70 @@ async def test_who_leaves_ends_the_rows_that_are_being_continued() -> None:
         assert sums(await batcher.run([stayed])) == [2]
         assert stayed.decoding is not None and not stayed.decoding.abandoned
         assert stayed.cost == 1 + 9
+
+
+# -- the background ------------------------------------------------------------------------------
+
+
+async def test_the_background_runs_when_nothing_else_waits() -> None:
+    backend = SumBackend()
+    backend.gate.clear()
+    async with serving(backend, limits=Limits(max_batch_rows=1)) as batcher, asyncio.timeout(PATIENCE_S):
+        batcher.open_background(Scheduler(Limits(max_batch_rows=2), CostModel(), padded=False))
+        tasks = [asyncio.create_task(batcher.run([row(1)]))]
+        await until(backend.entered.is_set)
+        tasks += [asyncio.create_task(batcher.run([row(number)], background=True)) for number in (7, 8, 9)]
+        await asyncio.sleep(0)
+        tasks += [asyncio.create_task(batcher.run([row(number)])) for number in (2, 3)]
+        await asyncio.sleep(0)
+        assert batcher.queued_rows == 2
+        assert not batcher.wait_until_idle(0)
+        backend.gate.set()
+        assert [sums(await task) for task in tasks] == [[1], [7], [8], [9], [2], [3]]
+        assert backend.batches == [[1], [2], [3], [7, 8], [9]]
+        assert batcher.wait_until_idle(0)
+
+
+async def test_the_background_does_not_starve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlserver_hftasks.engine.batcher.BACKGROUND_PATIENCE_S", 0.3)
+    backend = SumBackend(seconds=0.01)
+    async with serving(backend) as batcher, asyncio.timeout(PATIENCE_S):
+        batcher.open_background(Scheduler(Limits(max_batch_rows=1), CostModel(), padded=False))
+        patient = asyncio.create_task(batcher.run([row(7), row(8)], background=True))
+        busy = [asyncio.create_task(_run_until(batcher, patient)) for _ in range(3)]
+        assert sums(await patient) == [7, 8]
+        await asyncio.gather(*busy)
+    first, second = (backend.batches.index([number]) for number in (7, 8))
+    assert second - first >= 2  # and takes no more than its turn
+
+
+async def _run_until(batcher: Batcher, end: asyncio.Task[Any]) -> None:
+    while not end.done():
+        await batcher.run([row(1)])
+
+
+async def test_the_background_ends_with_the_rest() -> None:
+    backend = SumBackend()
+    backend.gate.clear()
+    async with serving(backend) as batcher, asyncio.timeout(PATIENCE_S):
+        batcher.open_background(Scheduler(Limits(), CostModel(), padded=False))
+        running = asyncio.create_task(batcher.run([row(1)]))
+        await until(backend.entered.is_set)
+        waiting = asyncio.create_task(batcher.run([row(2)], background=True))
+        gone = asyncio.create_task(batcher.run([row(3)], background=True))
+        await asyncio.sleep(0)
+        gone.cancel()
+        closing = asyncio.create_task(batcher.close())
+        await asyncio.sleep(0)
+        assert batcher.wait_until_idle(0)  # nobody is held up by an engine that ends
+        backend.gate.set()
+        await closing
+        assert sums(await running) == [1]
+        with pytest.raises(Unavailable):
+            await waiting
+
+
+async def test_no_background_unless_there_is_one() -> None:
+    async with serving(SumBackend()) as batcher:
+        with pytest.raises(ValueError, match="no background"):
+            await batcher.run([row(1)], background=True)
