@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlserver_hftasks.backends import feeds, lanes
@@ -14,6 +14,8 @@ from mlserver_hftasks.engine.rows import Row
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=30)
 PAD = 0
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+"""Machines of CI are slow at times."""
 
 
 def rows_of(lengths: list[int], typed: bool = False) -> list[Row]:
@@ -27,6 +29,7 @@ def rows_of(lengths: list[int], typed: bool = False) -> list[Row]:
     return made
 
 
+@unhurried
 @given(LENGTHS)
 def test_rows_lie_apart_and_within_their_lanes(lengths: list[int]) -> None:
     where, offsets, count = lanes.arrange(lengths)
@@ -38,6 +41,7 @@ def test_rows_lie_apart_and_within_their_lanes(lengths: list[int]) -> None:
     assert taken.max() == 1 and (taken.sum(1) > 0).all()
 
 
+@unhurried
 @given(LENGTHS)
 def test_lanes_are_at_most_half_empty_but_one(lengths: list[int]) -> None:
     """First fit leaves at most one lane less than half full."""
@@ -46,6 +50,7 @@ def test_lanes_are_at_most_half_empty_but_one(lengths: list[int]) -> None:
     assert (filled * 2 <= max(lengths)).sum() <= 1
 
 
+@unhurried
 @given(LENGTHS, st.booleans())
 def test_places_and_tokens_are_inverse(lengths: list[int], typed: bool) -> None:
     rows = rows_of(lengths, typed)
@@ -60,6 +65,7 @@ def test_places_and_tokens_are_inverse(lengths: list[int], typed: bool) -> None:
     assert set(lanes.INPUTS) <= set(feed)
 
 
+@unhurried
 @given(LENGTHS)
 def test_what_the_head_gets_is_the_padded_batch(lengths: list[int]) -> None:
     rows = rows_of(lengths)
@@ -76,6 +82,7 @@ def test_positions_as_roberta_counts_them() -> None:
     assert lanes.positions(ids, None).tolist() == [0, 1, 2, 3, 4]
 
 
+@unhurried
 @given(LENGTHS, st.integers(1, 2000))
 def test_passes_hold_every_row_once_and_stay_within_the_area(lengths: list[int], most: int) -> None:
     found = list(lanes.passes(lengths, most))
@@ -109,6 +116,7 @@ def backend_of(level: Level, reads: Reads) -> ProgramBackend:
     )
 
 
+@unhurried
 @given(LENGTHS)
 def test_a_rows_outputs_are_its_own(lengths: list[int]) -> None:
     rows = rows_of([length + 1 for length in lengths])
