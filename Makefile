@@ -19,13 +19,13 @@ $(STAMP): pyproject.toml
 	touch $(STAMP)
 
 demo: install
-	$(BIN)/python examples/demo.py $(if $(CHECK),--check)
+	$(BIN)/python -m examples.demo $(if $(CHECK),--check)
 
 test: install
 	$(BIN)/python -m pytest $(if $(COVERAGE),--cov --cov-report=term-missing:skip-covered) $(ARGS)
 
 notebooks: install
-	$(BIN)/python examples/build_models.py
+	$(BIN)/python -m examples.build_models
 	$(BIN)/python notebooks/run.py $(if $(CHECK),--check)
 
 lint: install

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mlserver_hftasks.engine.cost import CostModel
+from mlserver_hftasks.engine.offline import batches_of
 from mlserver_hftasks.engine.rows import Outputs, Row
-from mlserver_hftasks.engine.scheduler import Limits, Scheduler
 from mlserver_hftasks.engine.warmup import warm_up
-from mlserver_hftasks.loading import load, probe_rows
+from mlserver_hftasks.loading import load, memory, probe_rows
 from mlserver_hftasks.settings import Settings
 from mlserver_hftasks.tasks.base import Answered, Example
 
@@ -24,6 +24,7 @@ class InProcess:
         settings = Settings(
             task="text-classification", pretrained_model=str(folder), device="cpu", packing=packing, **extra
         )
+        memory.manage()  # as the runtime does
         served = load(settings)
         self._task, self._backend = served.task, served.backend
         self._parameters = self._task.signature.parse({})
@@ -57,13 +58,7 @@ class InProcess:
 
     def engine_batches(self, rows: Sequence[Row]) -> list[list[Row]]:
         """The batches that the engine forms when all rows wait, in order of arrival."""
-        scheduler = Scheduler(Limits(), self.cost, padded=self._backend.padded)
-        for index, row in enumerate(rows):
-            scheduler.submit([row], now=float(1000 * index))
-        batches = []
-        while (batch := scheduler.next_batch(0.0)) is not None:
-            batches.append([ticket.row for ticket in batch.tickets])
-        return batches
+        return batches_of(rows, self.cost, padded=self._backend.padded)
 
     def _examples(self, texts: Sequence[str]) -> list[Example]:
         return self._task.examples({"inputs": texts}, self._parameters)

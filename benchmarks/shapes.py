@@ -69,7 +69,7 @@ def save(shape: Shape, root: Path) -> Path:
     folder = root / shape.name
     if folder.is_dir():
         return folder
-    tokenizer = _tokenizer(shape)
+    tokenizer = tokenizer_of(shape)
     config = AutoConfig.for_model(
         shape.model_type,
         **shape.sizes,
@@ -110,7 +110,8 @@ def _spread_answers(model: Any, tokenizer: PreTrainedTokenizerFast) -> None:
         classifier.bias.copy_((classifier.bias - logits.mean(0)) / deviation)
 
 
-def _tokenizer(shape: Shape) -> PreTrainedTokenizerFast:
+def tokenizer_of(shape: Shape) -> PreTrainedTokenizerFast:
+    """WordPiece over the words of `texts`."""
     vocabulary = {piece: index for index, piece in enumerate(_vocabulary())}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=SPECIAL["unk_token"]))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)

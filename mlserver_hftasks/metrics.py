@@ -37,7 +37,7 @@ from typing import Any
 from prometheus_client import Counter, Gauge, Histogram
 
 from mlserver_hftasks.engine.batcher import BatchReport
-from mlserver_hftasks.engine.generator import StepReport
+from mlserver_hftasks.engine.generator import Occupancy, StepReport
 from mlserver_hftasks.errors import HFTasksError, Overloaded
 
 
@@ -124,9 +124,6 @@ class ModelMetrics:
         self._of["step"].observe(report.seconds)
         self._of["prompt_tokens"].inc(report.prompt_tokens)
         self._of["generated"].inc(report.new_tokens)
-        self._of["running"].set(report.running)
-        self._of["waiting"].set(report.waiting)
-        self._of["cache"].set(report.cache_share)
         for seconds in report.first_token_s:
             self._of["first_token"].observe(seconds)
         for seconds in report.token_gap_s:
@@ -138,6 +135,12 @@ class ModelMetrics:
         for evaluations in report.evaluations:
             self._of["evaluations"].observe(evaluations)
         self._of["unconverged"].inc(report.unconverged)
+
+    def occupied(self, occupancy: Occupancy) -> None:
+        """Record how full a generating engine is."""
+        self._of["running"].set(occupancy.running)
+        self._of["waiting"].set(occupancy.waiting)
+        self._of["cache"].set(occupancy.cache_share)
 
     def queued(self, rows: int) -> None:
         """Record the depth of the queue."""

@@ -51,6 +51,23 @@ Count = Annotated[int, Field(ge=1)]
 Threads = Annotated[int, Field(ge=1, le=1024)]
 
 
+class Compile(BaseModel):
+    """`compile`, with the keys that TorchServe's users know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    enable: bool = True
+    backend: str = "inductor"
+    mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None = None
+    dynamic: Literal[True] | None = None
+    """One program for all numbers of tokens; one for each would be made while clients wait."""
+
+
+def _compile_from_boolean(value: Any) -> Any:
+    value = _none_from_string(value)
+    return {"enable": value} if isinstance(value, bool) else value
+
+
 class Settings(BaseModel):
     """All keys of `parameters.extra`. `docs/settings.md` is this class as a table."""
 
@@ -65,9 +82,47 @@ class Settings(BaseModel):
         default_factory=dict, description="further arguments of `from_pretrained`"
     )
     framework: Literal["pt"] | None = Field(None, description='"pt"; TensorFlow is gone from transformers')
-    optimum_model: bool = Field(False, description="ONNX Runtime; refused until its backend exists")
+    backend: Annotated[
+        Literal["torch", "onnx", "openvino", "export", "torchscript"] | None,
+        BeforeValidator(_none_from_string),
+    ] = Field(None, description="what runs the model; the program's own if the folder holds one, else torch")
+    optimum_model: bool = Field(
+        False, description='as in mlserver_huggingface; the same as `backend: "onnx"`'
+    )
+    quantization: Annotated[
+        Literal["none", "int8", "int8-static"] | None, BeforeValidator(_none_from_string)
+    ] = Field(None, description="int8: scales per token at run time; int8-static: calibrated before")
+    file_name: Annotated[str | None, BeforeValidator(_none_from_string)] = Field(
+        None, description="the program's file in the model's folder: `model_quantized.onnx`, `model.pt`"
+    )
+    provider: Annotated[
+        Literal["CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"] | None,
+        BeforeValidator(_none_from_string),
+    ] = Field(None, description="ONNX Runtime's execution provider; else that of the device")
+    provider_options: Annotated[dict[str, str | int | bool], Json] = Field(
+        default_factory=dict, description="its options, those of a checked list"
+    )
+    program_cache: Annotated[str | None, BeforeValidator(_none_from_string)] = Field(
+        None, description="folder of exported programs; else one in the user's cache"
+    )
     device: Annotated[int | str | None, BeforeValidator(_integer_from_string)] = Field(
         None, description='-1, "cpu", 0, "cuda:1", "mps"; null is the CPU'
+    )
+    device_map: Annotated[
+        Literal["auto", "balanced", "balanced_low_0", "sequential"] | dict[str, int | str] | None,
+        Json,
+        BeforeValidator(_none_from_string),
+    ] = Field(
+        None, description="layers on several devices, in place of `device`; a mode, or a map of modules"
+    )
+    max_memory: Annotated[dict[int | str, int | str] | None, Json, BeforeValidator(_none_from_string)] = (
+        Field(None, description='of each device, for `device_map`: `{"0": "20GiB", "cpu": "60GiB"}`')
+    )
+    tp_plan: Annotated[Literal["auto"] | None, BeforeValidator(_none_from_string)] = Field(
+        None, description="tensor parallelism, in a process that torchrun started as one of several"
+    )
+    compile: Annotated[Compile | None, BeforeValidator(_compile_from_boolean), Json] = Field(
+        None, description='`torch.compile`: `{"enable": true, "backend": "inductor", "mode": "default"}`'
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="`auto`: the checkpoint's; float16 becomes float32 on a CPU"
@@ -169,6 +224,44 @@ class Settings(BaseModel):
         if values.get("mode", "explain") != "explain":
             raise ValueError('infer_uri beside the mode "infer", expected "mode": "explain"')
         return {**values, "mode": "explain"}
+
+    @model_validator(mode="after")
+    def _one_backend(self) -> Settings:
+        if self.optimum_model and self.backend not in (None, "onnx"):
+            raise ValueError(
+                f'got optimum_model and the backend "{self.backend}", expected "onnx" or no backend'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_compiler(self) -> Settings:
+        if self.compile is None or not self.compile.enable:
+            return self
+        if self.chosen_backend not in (None, "torch"):
+            raise ValueError(f'got compile and the backend "{self.chosen_backend}", expected "torch"')
+        if self.quantization not in (None, "none"):
+            raise ValueError(f'got compile and the quantization "{self.quantization}", expected one of them')
+        return self
+
+    @model_validator(mode="after")
+    def _one_placement(self) -> Settings:
+        if self.max_memory is not None and self.device_map is None:
+            raise ValueError("got max_memory without device_map, expected both, or neither")
+        if self.device_map is None and self.tp_plan is None:
+            return self
+        name = "device_map" if self.device_map is not None else "tp_plan"
+        others = {"device": self.device, "tp_plan": self.tp_plan if name == "device_map" else None}
+        others["quantization"] = self.quantization if self.quantization != "none" else None
+        others["backend"] = self.chosen_backend if self.chosen_backend != "torch" else None
+        for other, value in others.items():
+            if value is not None:
+                raise ValueError(f"got {name} and the {other} {value!r}, expected one of them")
+        return self
+
+    @property
+    def chosen_backend(self) -> str | None:
+        """The backend that the settings name; None leaves it to the model's folder."""
+        return "onnx" if self.optimum_model else self.backend
 
     @model_validator(mode="after")
     def _suffix_fits(self) -> Settings:

@@ -106,8 +106,12 @@ def warm(target: v2.Texts) -> None:
 
 def shared(session: Session, shape: Shape) -> Path:
     """The folder of that shape's model, in a form that transformers 4 loads too."""
-    made = session.model(shape)
-    folder = made.with_name(f"{shape.name}-shared")
+    return as_shared(session.model(shape))
+
+
+def as_shared(made: Path) -> Path:
+    """A model's folder in that form, beside its own."""
+    folder = made.with_name(f"{made.name}-shared")
     if not folder.is_dir():
         shutil.copytree(made, folder, copy_function=os.link)
         file = folder / "tokenizer_config.json"

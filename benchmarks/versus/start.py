@@ -12,7 +12,7 @@ from benchmarks.server import running
 from benchmarks.session import Session
 from benchmarks.shapes import MINILM
 from benchmarks.versus.fleet import LIMIT_S, Endpoint, Fleet, shared
-from benchmarks.versus.systems import BATCHING, BF16, FP32, PLAIN, System
+from benchmarks.versus.systems import BATCHING, BF16, FP32, INT8_ONNX, ONNX, OURS_FP32, PLAIN, System
 
 CLIENTS = 32
 READY_SHARE, RSS_SHARE = 0.5, 0.75
@@ -32,7 +32,7 @@ def measure(fleet: Fleet) -> Findings:
     """Ours against the incumbent's plain configuration; each server has one model."""
     session = fleet.session
     full = session.plan.name == "full"
-    systems = (FP32, BF16, PLAIN, BATCHING) if full else (FP32, PLAIN)
+    systems = (FP32, ONNX, BF16, INT8_ONNX, PLAIN, BATCHING) if full else (FP32, ONNX, PLAIN)
     if full:
         _live(session, PLAIN)  # both have been read from the disk before
         _live(session, FP32)
@@ -57,19 +57,24 @@ def _live(session: Session, system: System) -> Run:
 
 
 def _figures(runs: dict[str, list[Run]]) -> list[Figure]:
+    def of(system: System, field: str) -> list[float]:
+        return [getattr(run, field) for run in runs[system.name]]
+
     figures = []
     for what, field, target in (
         ("start to ready", "ready_s", READY_SHARE),
         ("resident memory after load", "loaded_mib", RSS_SHARE),
     ):
-        ours, theirs = ([getattr(run, field) for run in runs[system.name]] for system in (FP32, PLAIN))
-        medians = " against ".join(number(Spread.of(values).median) for values in (ours, theirs))
-        figures.append(
-            Figure(
-                f"{what}: {FP32.name} against {PLAIN.name}",
-                Spread.of(ratios(ours, theirs)),
-                at_most=target,
-                detail=f"{medians} {field.rpartition('_')[2].replace('mib', 'MiB')}",
+        theirs = of(PLAIN, field)
+        for system in OURS_FP32:
+            ours = of(system, field)
+            medians = " against ".join(number(Spread.of(values).median) for values in (ours, theirs))
+            figures.append(
+                Figure(
+                    f"{what}: {system.name} against {PLAIN.name}",
+                    Spread.of(ratios(ours, theirs)),
+                    at_most=target,
+                    detail=f"{medians} {field.rpartition('_')[2].replace('mib', 'MiB')}",
+                )
             )
-        )
     return figures

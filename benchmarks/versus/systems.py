@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.server import OURS, Model
+from mlserver_hftasks.loading.cache import new_folder
+from mlserver_hftasks.loading.programs import export_program
+from mlserver_hftasks.settings import Settings
 from tests.compat import peer
 
 Role = Literal["ours", "incumbent", "ceiling", "other"]
@@ -27,6 +30,8 @@ class System:
     """Of `parameters.extra`, beside the task and the threads."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Of model-settings.json, beside `parameters`."""
+    program: Mapping[str, Any] | None = None
+    """Settings with which the model is exported first, to be served from the folder that comes of it."""
     input_name: str = "args"
     """Of single texts: requests with `args` cannot be merged by MLServer's adaptive batching."""
     quick: bool = True
@@ -40,7 +45,18 @@ class System:
         # the incumbent heeds its number of threads only where the framework is named
         threads = {"intra_op_threads": 1, "framework": "pt"}
         settings = {"task": task, **threads, **self.extra, **extra}
-        return Model(name, folder, settings, implementation, self.settings)
+        return Model(name, self._exported(folder, task), settings, implementation, self.settings)
+
+    def _exported(self, folder: Path | None, task: str) -> Path | None:
+        """The folder that is served, made beside the model's at first need."""
+        if folder is None or self.program is None:
+            return folder
+        out = folder.with_name("-".join([folder.name, task, *map(str, self.program.values())]))
+        if not out.is_dir():
+            with new_folder(out) as unfinished:
+                source = {"task": task, "pretrained_model": str(folder), **self.program}
+                export_program(Settings(**source), unfinished, tell=lambda what: None)
+        return out
 
     def server_options(self) -> dict[str, Any]:
         """How `benchmarks.server` starts it."""
@@ -51,7 +67,20 @@ class System:
 
 FP32 = System("ours fp32", "ours")
 FP32_PADDED = System("ours fp32, packing off", "ours", extra={"packing": "off"}, quick=False)
-BF16 = System("ours bf16", "ours", "bfloat16", extra={"dtype": "bfloat16"})
+ONNX = System("ours fp32, ONNX Runtime", "ours", program={"backend": "onnx"})
+BF16 = System("ours bf16", "ours", "bfloat16", extra={"dtype": "bfloat16"}, quick=False)
+BF16_OPENVINO = System(
+    "ours bf16, OpenVINO",
+    "ours",
+    "bfloat16",
+    extra={"dtype": "bfloat16"},
+    program={"backend": "openvino"},
+    quick=False,
+)
+INT8 = System("ours int8", "ours", "int8", extra={"quantization": "int8"})
+INT8_ONNX = System(
+    "ours int8, ONNX Runtime", "ours", "int8", program={"backend": "onnx", "quantization": "int8"}
+)
 PLAIN = System("mlserver-huggingface", "incumbent")
 BATCHING = System(
     "mlserver-huggingface, batching",
@@ -61,10 +90,10 @@ BATCHING = System(
 )
 ECHO = System("echo", "ceiling")
 
-SYSTEMS = (FP32, FP32_PADDED, BF16, PLAIN, BATCHING, ECHO)
-"""All that is started here. Backends to come (int8, ONNX Runtime, OpenVINO) go beside `BF16`, with
-their `dtype` ("float32", "int8", ...): the figures take the best of ours of each dtype."""
+SYSTEMS = (FP32, FP32_PADDED, ONNX, BF16, BF16_OPENVINO, INT8, INT8_ONNX, PLAIN, BATCHING, ECHO)
+"""All that is started here; the figures take the best of ours of each dtype."""
 
+OURS_FP32 = (FP32, ONNX)
 INCUMBENTS = tuple(system for system in SYSTEMS if system.role == "incumbent")
 
 

@@ -26,6 +26,8 @@ class Head:
     auto_class: str
     """Name of a `transformers.AutoModel...` class."""
     outputs: Mapping[str, Level]
+    selects: bool = False
+    """Whether each row says which of its tokens the head shall run on; see `Row.select`."""
     generates: bool = False
     """Whether the model continues rows step by step, in place of one pass over them."""
 
@@ -38,7 +40,7 @@ class Description:
     device: str
     dtype: str
     packing: str
-    """`varlen`, `block`, `padded` or `single`; see `packing`."""
+    """`varlen`, `block`, `padded` or `single`, see `packing`; `lanes`, see `lanes`."""
 
 
 class Backend(Protocol):

@@ -30,7 +30,7 @@ def objection(decoder: TorchDecoder, plain: PreTrainedModel) -> str | None:
 
     Raises whatever the model raises.
     """
-    tolerance = TOLERANCES.get(plain.dtype, TOLERANCE)
+    tolerance = TOLERANCES.get(str(plain.dtype).removeprefix("torch."), TOLERANCE)
     texts = _texts(decoder, plain)
     stepped = _stepped(decoder, texts)
     for text, got in zip(texts, stepped, strict=True):

@@ -8,11 +8,8 @@ own seed, its own limits and its own deadline (`steering`), and gets what it wou
 from __future__ import annotations
 
 import copy
-import itertools
-import threading
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -22,38 +19,30 @@ from transformers.generation.logits_process import NoRepeatNGramLogitsProcessor
 from transformers.modeling_outputs import BaseModelOutput
 
 from mlserver_hftasks.backends.base import Description
-from mlserver_hftasks.backends.steering import WARPERS, Decode, Draw, Processor, Unpadded, Watch, warpers_of
+from mlserver_hftasks.backends.keys import GenerateKey
+from mlserver_hftasks.backends.logprobs import token_logprobs
+from mlserver_hftasks.backends.placed import moved
+from mlserver_hftasks.backends.steering import (
+    WARPERS,
+    Decode,
+    Draw,
+    First,
+    Processor,
+    Unpadded,
+    Watch,
+    drawing_from,
+    warpers_of,
+)
 from mlserver_hftasks.engine.rows import Decoding, FloatArray, IntArray, Outputs, Row
-from mlserver_hftasks.engine.sequences import FinishReason
+from mlserver_hftasks.engine.sequences import FINISH_REASONS
 
-FINISH_REASONS = tuple(FinishReason)
-"""The output `finish` holds indices into it."""
 LENGTHS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens")
-OF_BEAMS = ("early_stopping", "length_penalty")
+OF_BEAMS: tuple[str, ...] = ("early_stopping", "length_penalty")
 """Settings that mean nothing without beams."""
+OF_DRAWS: tuple[str, ...] = (*(name for name, _, _ in WARPERS), "eta_cutoff")
+"""Settings that mean nothing where the most likely token is taken."""
 PROBE = Decoding(max_new_tokens=8)
 """How far a row is continued that does not say: those of the warm-up."""
-
-_process_generator = threading.Lock()
-"""Held by who draws from torch's own random generators, of which a process has one per device."""
-
-
-@dataclass(frozen=True, slots=True)
-class GenerateKey:
-    """Rows with equal keys may share one call of `generate()`; their seeds and limits are in `decoding`."""
-
-    arguments: tuple[tuple[str, Hashable], ...] = ()
-    """Of `GenerationConfig`, sorted by name; lists are tuples."""
-    stop: tuple[str, ...] = ()
-    """Texts that end an answer; it holds the one that did."""
-    logprobs: bool = False
-    company: Hashable = None
-    """Keeps apart what would hold one another up, such as rows of very different limits."""
-
-    @classmethod
-    def of(cls, arguments: Mapping[str, Any], **others: Any) -> GenerateKey:
-        """The key of a call with those arguments."""
-        return cls(tuple((name, _frozen(arguments[name])) for name in sorted(arguments)), **others)
 
 
 class GenerateBackend:
@@ -71,13 +60,15 @@ class GenerateBackend:
     def __init__(
         self, model: PreTrainedModel, *, device: torch.device, pad_token_id: int, decode: Decode
     ) -> None:
-        self._model = model.eval().requires_grad_(False).to(device)
+        self._model = moved(model.eval().requires_grad_(False), device)
         self._device = device
         self._decode = decode
         self._follows_encoder = bool(model.config.is_encoder_decoder)
         self._defaults = _without_lengths(model.generation_config)
         if self._defaults.pad_token_id is None:
             self._defaults.pad_token_id = pad_token_id
+        start = self._defaults.decoder_start_token_id
+        self._start = (self._defaults.bos_token_id if start is None else start) or 0
         model.generation_config = GenerationConfig()  # each call brings its own, complete
         self.description = Description(
             "generate", str(device), str(model.dtype).removeprefix("torch."), "padded"
@@ -114,7 +105,7 @@ class GenerateBackend:
         with torch.inference_mode(), self._drawing(config, decodings):
             made = self._model.generate(
                 **(inputs if beams else self._repeated(inputs, answers)),
-                logits_processor=self._taken_over(config, decodings, padding),
+                logits_processor=self._taken_over(config, decodings, padding, prompt_tokens),
                 generation_config=config,
                 stopping_criteria=[watch],
             )
@@ -123,10 +114,17 @@ class GenerateBackend:
         return [self._outputs(row, parts[index], index, watch, key) for index, row in enumerate(rows)]
 
     def _taken_over(
-        self, config: GenerationConfig, decodings: Sequence[Decoding], padding: Sequence[int]
+        self,
+        config: GenerationConfig,
+        decodings: Sequence[Decoding],
+        padding: Sequence[int],
+        prompt_tokens: int,
     ) -> list[Processor]:
         """What does row by row what `generate()` would do otherwise; `config` asks it no longer."""
         made: list[Processor] = []
+        first = [decoding.first_token for decoding in decodings]
+        if any(token is not None for token in first):
+            made.append(First(first, prompt_tokens))
         if any(padding) and config.no_repeat_ngram_size:
             made.append(Unpadded(NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size), padding))
             config.no_repeat_ngram_size = 0
@@ -134,7 +132,7 @@ class GenerateBackend:
             seeds = [decoding.seed for decoding in decodings]
             made.append(Draw(warpers_of(config, self._device), seeds, self._device))
             config.do_sample = False
-            for name, _, _ in WARPERS:
+            for name in OF_DRAWS:
                 setattr(config, name, None)
         if _beams(config) == 1:
             config.num_return_sequences = 1  # the inputs are repeated
@@ -144,14 +142,14 @@ class GenerateBackend:
         self, config: GenerationConfig, decodings: Sequence[Decoding]
     ) -> AbstractContextManager[None]:
         beams_draw = config.do_sample and _beams(config) > 1
-        return _drawing_from(decodings[0].seed) if beams_draw else nullcontext()
+        return drawing_from(decodings[0].seed) if beams_draw else nullcontext()
 
     def _config(self, key: GenerateKey) -> GenerationConfig:
         config = copy.deepcopy(self._defaults)
         for name, value in key.arguments:
             setattr(config, name, _thawed(value))
-        unused = [] if config.do_sample else [*(name for name, _, _ in WARPERS), "eta_cutoff"]
-        unused += OF_BEAMS if _beams(config) == 1 else ()
+        unused = () if config.do_sample else OF_DRAWS
+        unused += () if _beams(config) > 1 else OF_BEAMS
         for name in unused:  # of which generate() would complain
             setattr(config, name, None)
         if not self._follows_encoder:
@@ -200,35 +198,14 @@ class GenerateBackend:
         for place, tokens in enumerate(answers):
             sequences[place, : len(tokens)] = tokens
         reasons = [FINISH_REASONS.index(watch.reason(index, tokens)) for tokens in answers]
-        outputs = {
+        outputs: dict[str, IntArray | FloatArray] = {
             "sequences": sequences,
             "lengths": np.array([len(tokens) for tokens in answers], dtype=np.int64),
             "finish": np.array(reasons, dtype=np.int64),
         }
-        return {**outputs, "logprobs": self._logprobs(row, sequences)} if key.logprobs else outputs
-
-    def _logprobs(self, row: Row, sequences: IntArray) -> FloatArray:
-        """Of each new token given those before it, in one pass: [k, longest]."""
-        prompt = torch.from_numpy(row.arrays["input_ids"]).expand(len(sequences), -1).to(self._device)
-        new = torch.from_numpy(sequences).to(self._device)
-        with torch.inference_mode():
-            if self._follows_encoder:
-                start = new.new_full((len(new), 1), self._defaults.decoder_start_token_id)
-                fed = torch.cat((start, new[:, :-1]), dim=1)
-                logits = self._model(input_ids=prompt, decoder_input_ids=fed, use_cache=False).logits
-            else:
-                fed = torch.cat((prompt, new[:, :-1]), dim=1)
-                logits = self._model(input_ids=fed, use_cache=False).logits[:, -new.shape[1] :]
-            chosen = logits.float().log_softmax(dim=-1).gather(2, new[:, :, None])[:, :, 0]
-        found: FloatArray = chosen.cpu().numpy()
-        return found
-
-
-def with_shared_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """A second model over the same tensors, whose config and attention may be set otherwise."""
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    twin: PreTrainedModel = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-    return twin
+        if key.logprobs:
+            outputs["logprobs"] = token_logprobs(self._model, row.arrays["input_ids"], sequences, self._start)
+        return outputs
 
 
 def _parts(rows: Sequence[Row], config: GenerationConfig) -> Iterator[list[int]]:
@@ -253,17 +230,6 @@ def _new_tokens(made: Any, prompt_tokens: int, watch: Watch) -> list[list[int]]:
     return [tokens[:count] for tokens, count in zip(sequences, counts, strict=True)]
 
 
-@contextmanager
-def _drawing_from(seed: int | None) -> Iterator[None]:
-    """torch's own generators begin at the seed, and are afterwards where they were."""
-    with _process_generator, torch.random.fork_rng():
-        if seed is not None:
-            torch.manual_seed(seed)
-        else:
-            torch.seed()
-        yield
-
-
 def _decoding(row: Row) -> Decoding:
     return PROBE if row.decoding is None else row.decoding
 
@@ -283,11 +249,6 @@ def _without_lengths(config: GenerationConfig) -> GenerationConfig:
     for name in LENGTHS:
         setattr(made, name, None)
     return made
-
-
-def _frozen(value: Any) -> Hashable:
-    frozen: Hashable = tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
-    return frozen
 
 
 def _thawed(value: Any) -> Any:

@@ -59,8 +59,8 @@ class Backbone:
     def __init__(self, model: PreTrainedModel) -> None:
         self._module = model.base_model
         self._attention = model.config._attn_implementation
+        self._own_forward = vars(self._module).get("forward")
         self._forward = self._module.forward
-        self._pooler: Any = getattr(self._module, "pooler", None)
         self.layout = Layout.PADDED
         self.select: torch.Tensor | None = None
         self._module.forward = self
@@ -74,9 +74,17 @@ class Backbone:
             self._module.set_attn_implementation(implementation)
         self.layout = layout
 
+    def replace(self, make: Callable[[Callable[..., Any]], Callable[..., Any]], attention: str) -> None:
+        """Run what `make` makes of the backbone's `forward` from now on, with that attention if packed."""
+        if self.layout is Layout.VARLEN:
+            self._module.set_attn_implementation(attention)
+        self._forward = make(self._forward)
+
     def release(self) -> None:
         """Give the backbone its own `forward` back, which ends the cycle that keeps its memory."""
         del self._module.forward
+        if self._own_forward is not None:  # accelerate's, which moves the inputs between devices
+            self._module.forward = self._own_forward
 
     def __call__(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
         """The backbone's outputs for a padded batch [n, longest] with its `attention_mask`."""
@@ -96,17 +104,8 @@ class Backbone:
         unpacked = hidden.new_zeros(*mask.shape, hidden.shape[-1])
         unpacked[mask] = hidden
         outputs.last_hidden_state = unpacked
-        if self._pooler is not None and outputs.get("pooler_output") is not None:
-            outputs.pooler_output = self._pooled(unpacked)
+        pool_again(self._module, outputs)
         return self._selected(outputs)
-
-    def _pooled(self, hidden: torch.Tensor) -> torch.Tensor:
-        pooled: torch.Tensor
-        if isinstance(self._pooler, torch.nn.Linear):  # ALBERT's is no module of its own
-            pooled = self._module.pooler_activation(self._pooler(hidden[:, 0]))
-        else:
-            pooled = self._pooler(hidden)
-        return pooled
 
     def _selected(self, outputs: Any) -> Any:
         if self.select is not None:
@@ -116,8 +115,7 @@ class Backbone:
         return outputs
 
     def _positions(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        embeddings: Any = getattr(self._module, "embeddings", None)
-        first = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
+        first = first_position(self._module)
         if first is None:
             return mask.cumsum(1) - 1
         # RoBERTa and its kin count from padding_idx + 1 and skip that token wherever it stands.
@@ -142,6 +140,25 @@ class Backbone:
         lengths = mask.sum(1)
         cumulative = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
         return {"attention_mask": None, "sequences": Sequences(tuple(lengths.tolist()), cumulative)}
+
+
+def pool_again(module: torch.nn.Module, outputs: Any) -> None:
+    """Pool the hidden states `[n, longest, hidden]` where the backbone itself pooled packed ones."""
+    pooler: Any = getattr(module, "pooler", None)
+    if pooler is None or outputs.get("pooler_output") is None:
+        return
+    hidden = outputs.last_hidden_state
+    if isinstance(pooler, torch.nn.Linear):  # ALBERT's is no module of its own
+        outputs.pooler_output = module.pooler_activation(pooler(hidden[:, 0]))  # type: ignore[operator]
+    else:
+        outputs.pooler_output = pooler(hidden)
+
+
+def first_position(module: torch.nn.Module) -> int | None:
+    """The padding_idx from which a backbone such as RoBERTa's counts positions, None if it counts from 0."""
+    embeddings: Any = getattr(module, "embeddings", None)
+    first: int | None = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
+    return first
 
 
 def varlen_attention(

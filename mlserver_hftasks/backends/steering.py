@@ -8,8 +8,10 @@ see the padding before a prompt.
 from __future__ import annotations
 
 import secrets
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,6 +36,9 @@ USUAL_TOP_K = 50
 LEAST_NOISE = 1e-30
 STOP_LOOKBACK_TOKENS = 8
 """Tokens that a stop text is looked for in, beyond one for each of its bytes: some decode to nothing."""
+
+_process_generator = threading.Lock()
+"""Held by who draws from torch's own random generators, of which a process has one per device."""
 
 Decode = Callable[[list[int]], str]
 Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -78,6 +83,36 @@ class Draw:
         for part, generator in zip(noise.chunk(len(self._generators)), self._generators, strict=True):
             part.exponential_(generator=generator)
         return scores - noise.clamp_(min=LEAST_NOISE).log_()
+
+
+@contextmanager
+def drawing_from(seed: int | None) -> Iterator[None]:
+    """torch's own generators begin at the seed, and are afterwards where they were."""
+    with _process_generator, torch.random.fork_rng():
+        if seed is not None:
+            torch.manual_seed(seed)
+        else:
+            torch.seed()
+        yield
+
+
+class First:
+    """Begins the answers of each row with the token that is given for it."""
+
+    def __init__(self, tokens: Sequence[int | None], prompt_tokens: int) -> None:
+        self._tokens = tokens
+        self._prompt_tokens = prompt_tokens
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """At the first step, scores that leave no choice; see `Processor`."""
+        if input_ids.shape[1] > self._prompt_tokens:
+            return scores
+        changed = scores.clone()
+        for part, token in zip(changed.chunk(len(self._tokens)), self._tokens, strict=True):
+            if token is not None:
+                part.fill_(-torch.inf)
+                part[:, token] = 0
+        return changed
 
 
 class Unpadded:

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
+from mlserver_hftasks.backends import feeds
 from mlserver_hftasks.backends import probe as probing
-from mlserver_hftasks.backends.base import Description, Head, Level
+from mlserver_hftasks.backends.base import Description, Head
 from mlserver_hftasks.backends.gradients import PathBackend
 from mlserver_hftasks.backends.packing import Backbone, Layout
-from mlserver_hftasks.engine.rows import Outputs, Row
+from mlserver_hftasks.backends.placed import moved
+from mlserver_hftasks.engine.rows import IntArray, Outputs, Row
+from mlserver_hftasks.errors import InvalidSettings
 
 logger = logging.getLogger("mlserver.hftasks")
 
-TOLERANCES = {torch.bfloat16: 6e-2, torch.float16: 1e-2}
+TOLERANCES = {"bfloat16": 6e-2, "float16": 1e-2, "int8": 1e-2}
 """Largest difference, relative to the largest output, that batching a row with others may make."""
 TOLERANCE = 1e-4
-"""The same for other dtypes."""
+"""The same in other precisions."""
 BLOCK_TOKENS = {"cpu": 256}
 """Tokens of one pass in the block layout, where attention costs their square; 2048 on other devices."""
 
@@ -31,7 +34,8 @@ class TorchBackend:
 
     With `packing`, the layouts of `packing.Layout` are tried on a probe batch in turn, and the first
     that gives each row what it gets alone is used. `probe` holds rows for that, of real tokens where a
-    head looks for some (BART's for the end of the text); else they are drawn at random.
+    head looks for some (BART's for the end of the text); else they are drawn at random. `precision` is
+    what the model computes in, where that is not the dtype of its weights.
     """
 
     def __init__(
@@ -43,25 +47,38 @@ class TorchBackend:
         pad_token_id: int,
         packing: bool = True,
         probe: Sequence[Row] | None = None,
+        precision: str | None = None,
     ) -> None:
         model.config.use_cache = False  # keys and values are kept for generation only
-        self._model = model.eval().requires_grad_(False).to(device)
+        self._model = moved(model.eval().requires_grad_(False), device)
         self._head = head
         self._device = device
         self._pad_token_id = pad_token_id
+        self._precision = precision or str(model.dtype).removeprefix("torch.")
         self._backbone = Backbone(model)
         self._gradients: list[PathBackend | None] | None = None
         if packing:
             self._choose_layout(probe)
         layout = self._backbone.layout
         self.padded = layout is Layout.PADDED
-        self.description = Description(
-            "torch", str(device), str(model.dtype).removeprefix("torch."), layout.value
-        )
+        self.description = Description("torch", str(device), self._precision, layout.value)
 
     def forward(self, rows: Sequence[Row]) -> Sequence[Outputs]:
         """See `base.Backend`."""
         return [outputs for part in self._passes(rows) for outputs in self._forward(part)]
+
+    def compile(self, backend: str, mode: str | None, rows: Sequence[Row]) -> None:
+        """Compile the backbone, and run the rows so that no client waits for it. Raises `InvalidSettings`."""
+        from mlserver_hftasks.backends import compiling
+
+        if self._backbone.layout is not Layout.VARLEN:
+            raise InvalidSettings(
+                f"the model's rows run {self._backbone.layout.value}, and each of their shapes would be "
+                "compiled, expected one that can be packed, or no such key @ parameters.extra.compile"
+            )
+        make = functools.partial(compiling.compiled, backend=backend, mode=mode)
+        self._backbone.replace(make, compiling.ATTENTION_NAME)
+        compiling.warm(self._forward, rows)
 
     def close(self) -> None:
         """See `base.Backend`."""
@@ -86,8 +103,9 @@ class TorchBackend:
 
     def _outputs(self, rows: Sequence[Row]) -> ModelOutput:
         """What the model says of rows that run together, in whatever mode torch is."""
-        tensors = self._collate(rows)
-        self._backbone.select = self._collate_selection(rows)
+        arrays = feeds.padded(rows, self._pad_token_id)
+        tensors = {name: self._tensor(array) for name, array in arrays.items()}
+        self._backbone.select = self._tensor(feeds.selection(rows))
         outputs: ModelOutput = self._model(**tensors)
         return outputs
 
@@ -108,40 +126,12 @@ class TorchBackend:
 
     # -- rows to tensors and back ----------------------------------------------------------------
 
-    def _collate(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-        """Padded input tensors [n, longest] with their attention mask."""
-        shape = (len(rows), max(row.cost for row in rows))
-        arrays = {name: np.zeros(shape, dtype=np.int64) for name in rows[0].arrays}
-        arrays["input_ids"].fill(self._pad_token_id)
-        arrays["attention_mask"] = np.zeros(shape, dtype=np.int64)
-        for index, row in enumerate(rows):
-            arrays["attention_mask"][index, : row.cost] = 1
-            for name, values in row.arrays.items():
-                arrays[name][index, : row.cost] = values
-        return {name: torch.from_numpy(array).to(self._device) for name, array in arrays.items()}
-
-    def _collate_selection(self, rows: Sequence[Row]) -> torch.Tensor | None:
-        selections = [row.select for row in rows if row.select is not None]
-        if not selections:
-            return None
-        if len(selections) < len(rows):
-            raise ValueError("rows of one batch select positions all or none; their keys must differ")
-        index = np.zeros((len(rows), max(map(len, selections))), dtype=np.int64)
-        for i, selection in enumerate(selections):
-            index[i, : len(selection)] = selection
-        return torch.from_numpy(index).to(self._device)
+    def _tensor(self, array: IntArray | None) -> torch.Tensor | None:
+        return None if array is None else torch.from_numpy(array).to(self._device)
 
     def _split(self, outputs: ModelOutput, rows: Sequence[Row]) -> list[Outputs]:
         arrays = {name: outputs[name].float().cpu().numpy() for name in self._head.outputs}
-        return [
-            {
-                name: array[index]
-                if self._head.outputs[name] is Level.SEQUENCE
-                else array[index, : row.cost if row.select is None else len(row.select)]
-                for name, array in arrays.items()
-            }
-            for index, row in enumerate(rows)
-        ]
+        return feeds.split(arrays, rows, self._head)
 
     # -- choosing a layout -----------------------------------------------------------------------
 
@@ -151,7 +141,7 @@ class TorchBackend:
             probe = probing.random_rows(self._model.get_input_embeddings().num_embeddings, config)
         rows = probing.hard_rows(probe, config, self._pad_token_id)
         alone = [self._forward([row])[0] for row in rows]
-        tolerance = TOLERANCES.get(self._model.dtype, TOLERANCE)
+        tolerance = TOLERANCES.get(self._precision, TOLERANCE)
         # Padding gets more room: where even that is not enough, rows can only run one by one.
         for layout, room in ((Layout.VARLEN, 1), (Layout.BLOCK, 1), (Layout.PADDED, 5)):
             reason = self._objection(layout, rows, alone, room * tolerance)
@@ -169,12 +159,6 @@ class TorchBackend:
         """Why the layout cannot be used, or None if it can; see `probe`."""
         try:
             self._backbone.use(layout)
-            together = self._forward(rows)
-            among_others = self._forward(probing.with_other_neighbours(rows))
-        except Exception as error:  # whatever an architecture makes of a layout that it was not made for
-            return repr(error)
-        wrong = probing.objection(together, alone, tolerance)
-        if wrong is not None:
-            return wrong
-        moved = probing.objection(among_others[::2], together[::2], tolerance / 10)
-        return None if moved is None else f"with other neighbours {moved}"
+        except TypeError as error:
+            return str(error)
+        return probing.objection_to(self._forward, rows, alone, tolerance)

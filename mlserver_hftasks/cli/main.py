@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from mlserver_hftasks.cli import explain
+from mlserver_hftasks.cli import check, explain, prepare
 
 app = typer.Typer(
     name="hftasks",
@@ -13,13 +13,9 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="markdown",
 )
+app.command("check", help=check.HELP)(check.command)
 app.command("explain", help=explain.HELP)(explain.command)
-
-
-@app.callback()
-def _several_commands() -> None:
-    """With one command typer would leave its name out."""
-
+app.command("prepare", help=prepare.HELP)(prepare.command)
 
 if __name__ == "__main__":
     app()

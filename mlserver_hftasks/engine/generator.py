@@ -62,10 +62,18 @@ class StepReport:
     """From arrival to the first token, of the sequences that have it now."""
     token_gap_s: Sequence[float]
     """From one token of a sequence to the next, of the others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Occupancy:
+    """How full the engine is."""
+
     running: int
+    """Sequences that have begun."""
     waiting: int
+    """Sequences that have not."""
     cache_share: float
-    """What is taken of the cache, after the step."""
+    """What is taken of the cache."""
 
 
 @dataclass(eq=False, slots=True)
@@ -89,7 +97,8 @@ class _Waiter:
 class Generator:
     """Continues prompts of concurrent callers in shared steps on one device thread.
 
-    Made on the event loop that will await `run`. There `observe` is called after each step.
+    Made on the event loop that will await `run`. There `observe` is called after each step, and
+    `observe_occupancy` whenever that has changed.
     """
 
     def __init__(
@@ -99,12 +108,14 @@ class Generator:
         *,
         on_thread_start: Callable[[], None] = lambda: None,
         observe: Callable[[StepReport], None] = lambda report: None,
+        observe_occupancy: Callable[[Occupancy], None] = lambda occupancy: None,
         name: str = "device",
     ) -> None:
         self._backend = backend
         self._scheduler = scheduler
         self._on_thread_start = on_thread_start
         self._observe = observe
+        self._observe_occupancy = observe_occupancy
         self._loop = asyncio.get_running_loop()
         self._waiters: dict[GenerationJob, _Waiter] = {}
         self._wake = threading.Condition()
@@ -156,6 +167,13 @@ class Generator:
         with self._wake:
             self._scheduler.check_admission(1, 1)
 
+    @property
+    def occupancy(self) -> Occupancy:
+        """How full it is now."""
+        scheduler = self._scheduler
+        share = scheduler.cache.used / scheduler.cache.size
+        return Occupancy(scheduler.running, scheduler.waiting, share)
+
     async def close(self) -> None:
         """Let the running step end, fail what is not done, and end the thread."""
         with self._wake:
@@ -173,6 +191,7 @@ class Generator:
             job = self._scheduler.submit(prompts, time.monotonic(), deadline=deadline, streams=streams)
             waiter = self._waiters[job] = _Waiter(len(prompts))
             self._wake.notify()
+        self._observe_occupancy(self.occupancy)
         return job, waiter
 
     def _forget(self, job: GenerationJob, waiter: _Waiter) -> None:
@@ -180,6 +199,7 @@ class Generator:
         if waiter.missing:
             with self._wake:
                 self._scheduler.cancel(job)
+            self._observe_occupancy(self.occupancy)
 
     # -- device thread ---------------------------------------------------------------------------
 
@@ -228,7 +248,6 @@ class Generator:
         return self._execute(chunks[:middle]) + self._execute(chunks[middle:])
 
     def _report(self, changed: Sequence[GeneratedSequence], prompt_tokens: int, seconds: float) -> StepReport:
-        scheduler = self._scheduler
         chosen = [each for each in changed if each.error is None]
         return StepReport(
             prompt_tokens=prompt_tokens,
@@ -236,9 +255,6 @@ class Generator:
             seconds=seconds,
             first_token_s=[each.gap_s for each in chosen if len(each.tokens) == 1],
             token_gap_s=[each.gap_s for each in chosen if len(each.tokens) > 1],
-            running=scheduler.running,
-            waiting=scheduler.waiting,
-            cache_share=scheduler.cache.used / scheduler.cache.size,
         )
 
     def _post(self, callback: Callable[..., None], *args: object) -> None:
@@ -263,6 +279,7 @@ class Generator:
                 waiter.tell(what)
         if report is not None:
             self._observe(report)
+        self._observe_occupancy(self.occupancy)
 
     def _fail_all(self, error: HFTasksError) -> None:
         self._closed = True

@@ -27,6 +27,8 @@ class Decoding:
     """Sequences that run side by side: beams, or answers."""
     seed: int | None = None
     """Of what is drawn; None draws differently each time."""
+    first_token: int | None = None
+    """The first new token, if it is given."""
     until: float = math.inf
     """When to return what there is, in seconds of `time.monotonic`."""
     abandoned: bool = False

@@ -26,6 +26,10 @@ class FinishReason(Enum):
     """The request's deadline passed; the answer is what there was by then."""
 
 
+FINISH_REASONS = tuple(FinishReason)
+"""Where a reason is a number, it is an index into this."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How the next token is chosen; names and meanings as in `transformers.GenerationConfig`.

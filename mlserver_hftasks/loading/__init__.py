@@ -1,9 +1,11 @@
 """From settings to something that serves.
 
-`serve` puts it together, `source` reads the hub or a folder, `facts` says what the model says of itself,
-`memory` sees to that of the process.
+`serve` chooses the way: `eager` has torch run a model of `source` (the hub or a folder), `programs` runs one
+that was exported, ours (`manifest`) or another tool's, or exports it into `cache`. `facts` says what a model
+says of itself, `served` is what comes of all of them, `memory` sees to that of the process.
 """
 
-from mlserver_hftasks.loading.serve import Served, load, probe_rows
+from mlserver_hftasks.loading.serve import load
+from mlserver_hftasks.loading.served import Served, probe_rows
 
 __all__ = ["Served", "load", "probe_rows"]

@@ -11,7 +11,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from mlserver_hftasks.backends.decoder import TorchDecoder
 from mlserver_hftasks.backends.decoder_probe import objection
-from mlserver_hftasks.backends.generate import with_shared_weights
+from mlserver_hftasks.backends.placed import moved
+from mlserver_hftasks.backends.twin import with_shared_weights
 
 logger = logging.getLogger("mlserver.hftasks")
 
@@ -45,7 +46,7 @@ def bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
 
 def decoder_of(model: PreTrainedModel, device: torch.device, cache_tokens: int) -> TorchDecoder | None:
     """The model behind the generating engine; None if it does not fit, which the log says."""
-    model.eval().requires_grad_(False).to(device)
+    moved(model.eval().requires_grad_(False), device)
     try:
         decoder = TorchDecoder(with_shared_weights(model), device=device, cache_tokens=cache_tokens)
         reason = objection(decoder, model)

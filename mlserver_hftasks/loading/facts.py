@@ -5,11 +5,12 @@ from __future__ import annotations
 import ast
 import json
 from pathlib import Path
-
-import torch
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from mlserver_hftasks.errors import InvalidSettings
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 UNLIMITED_TOKENS = 1 << 20
 """What tokenizers say when nobody said how long a text may be is far above this."""
@@ -18,9 +19,13 @@ UNLIMITED_TOKENS = 1 << 20
 def max_tokens_of(setting: int | None, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int:
     """Most tokens of a text: what tokenizer, position embeddings and setting all allow."""
     limits = [limit for limit in (tokenizer.model_max_length, _positions(model)) if limit]
-    most = min([*limits, UNLIMITED_TOKENS])
+    return limited(setting, tokenizer, int(min([*limits, UNLIMITED_TOKENS])))
+
+
+def limited(setting: int | None, tokenizer: PreTrainedTokenizerBase, most: int) -> int:
+    """The setting `max_length` where it is less than what the model takes. Raises `InvalidSettings`."""
     if setting is None:
-        return int(most)
+        return most
     least = int(tokenizer.num_special_tokens_to_add(pair=True)) + 2
     if not least <= setting <= most:
         raise InvalidSettings(
@@ -33,10 +38,11 @@ def max_tokens_of(setting: int | None, tokenizer: PreTrainedTokenizerBase, model
 def _positions(model: PreTrainedModel) -> int | None:
     embeddings = getattr(model.base_model, "embeddings", None)
     table = getattr(embeddings, "position_embeddings", None)
-    if isinstance(table, torch.nn.Embedding):
+    rows: int | None = getattr(table, "num_embeddings", None)
+    if rows is not None:
         # RoBERTa and its kin count positions from padding_idx + 1.
-        offset = 0 if table.padding_idx is None else table.padding_idx + 1
-        return table.num_embeddings - offset
+        padding_idx: int | None = getattr(table, "padding_idx", None)
+        return rows - (0 if padding_idx is None else padding_idx + 1)
     positions: int | None = getattr(model.config, "max_position_embeddings", None)
     return positions if positions and positions > 0 else None
 

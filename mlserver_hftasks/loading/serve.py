@@ -1,164 +1,28 @@
-"""From settings to something that serves: a task over a model, and the backend that runs it."""
+"""From settings to something that serves, by torch or by a program.
+
+What a program needs is imported only for programs, and torch and transformers only where they are used: a
+folder with a program is ready before torch is imported.
+"""
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
-
-from mlserver_hftasks.backends.base import Backend, Description
-from mlserver_hftasks.backends.decoder import TorchDecoder
-from mlserver_hftasks.backends.generate import GenerateBackend
-from mlserver_hftasks.backends.torch import TorchBackend
-from mlserver_hftasks.engine.rows import Row
 from mlserver_hftasks.errors import InvalidSettings
-from mlserver_hftasks.loading.decoder import cache_tokens_of, decoder_of
-from mlserver_hftasks.loading.facts import labels_of, max_tokens_of, pad_token_id_of
-from mlserver_hftasks.loading.source import Source
+from mlserver_hftasks.loading.manifest import find_program
+from mlserver_hftasks.loading.served import Served
 from mlserver_hftasks.settings import Settings
-from mlserver_hftasks.tasks.base import ItemLimits, ModelFacts, Task
-from mlserver_hftasks.tasks.encoder import Encoder
-from mlserver_hftasks.tasks.registry import canonical_name, task_class
-
-TASK_OF_HEAD = {
-    "ForSequenceClassification": "text-classification",
-    "ForTokenClassification": "token-classification",
-    "ForQuestionAnswering": "question-answering",
-    "ForMaskedLM": "fill-mask",
-    "ForConditionalGeneration": "text2text-generation",
-    "MTModel": "translation",
-    "ForCausalLM": "text-generation",
-    "LMHeadModel": "text-generation",
-    "Model": "feature-extraction",
-}
-"""The task of a model whose class name ends so, where the settings name none."""
-
-
-@dataclass(frozen=True, slots=True)
-class Served:
-    """A task over a model, ready to run."""
-
-    task: Task[Any]
-    backend: Backend
-    decoder: TorchDecoder | None = None
-    """Steps through what is generated, where the model fits; `backend` runs the rest."""
-
-    @property
-    def description(self) -> Description:
-        """How most of what comes is run."""
-        return (self.decoder or self.backend).description
-
-    def close(self) -> None:
-        """Give the memory back."""
-        if self.decoder is not None:
-            self.decoder.close()
-        self.backend.close()
 
 
 def load(settings: Settings) -> Served:
     """Load what the settings describe. Raises `InvalidSettings` with what is wrong and what to do."""
-    if settings.optimum_model:
-        raise InvalidSettings(
-            "got true, expected false: the ONNX Runtime backend is not there yet; remove the key to serve "
-            "the model on torch @ parameters.extra.optimum_model"
-        )
     if not settings.pretrained_model:
         raise InvalidSettings("no model, expected a hub id or a folder @ parameters.extra.pretrained_model")
-    device = _device(settings.device)
-    source = Source(settings)
-    config = source.config()
-    asked_as = (settings.task or _infer_task(config, source.folder)) + settings.task_suffix
-    kind = task_class(canonical_name(asked_as))
-    tokenizer = source.tokenizer()
-    model = source.model(kind.head, config, device)
-    generation_config = getattr(model, "generation_config", None) or GenerationConfig()
-    kind.configure(asked_as, config, generation_config)
-    encoder = Encoder(tokenizer, max_tokens_of(settings.max_length, tokenizer, model))
-    cache_tokens = ItemLimits().cache_tokens
-    if kind.head.generates and not config.is_encoder_decoder:
-        cache_tokens = cache_tokens_of(
-            settings.kv_cache_tokens, config, model.dtype, device, encoder.max_tokens
-        )
-    facts = ModelFacts(
-        config=config,
-        encoder=encoder,
-        labels=labels_of(settings.labels, config, source.folder),
-        truncation=settings.truncation,
-        limits=ItemLimits(
-            settings.max_items,
-            settings.max_text_chars,
-            settings.max_new_tokens,
-            settings.max_prompt_tokens,
-            cache_tokens,
-        ),
-        generation_config=generation_config,
-        folder=str(source.folder),
-        asked_as=asked_as,
-    )
-    task = kind(facts)
-    pad_token_id = pad_token_id_of(tokenizer, model)
-    if kind.head.generates:
-        return _generating(task, model, device, pad_token_id)
-    backend = TorchBackend(
-        model,
-        kind.head,
-        device=device,
-        pad_token_id=pad_token_id,
-        probe=probe_rows(encoder),
-        packing=settings.packing == "auto",
-    )
-    return Served(task, backend)
+    program = find_program(Path(settings.pretrained_model), settings)
+    if program is None and settings.chosen_backend in (None, "torch"):
+        from mlserver_hftasks.loading.eager import load_eager
 
+        return load_eager(settings)
+    from mlserver_hftasks.loading.programs import load_program, provide_program
 
-def _generating(task: Task[Any], model: PreTrainedModel, device: torch.device, pad_token_id: int) -> Served:
-    """The task over `generate()`, and over the generating engine where the model fits that."""
-    decoder = None
-    if not model.config.is_encoder_decoder:
-        decoder = decoder_of(model, device, task.model.limits.cache_tokens)
-    decode = functools.partial(task.model.encoder.tokenizer.decode, skip_special_tokens=True)
-    backend = GenerateBackend(model, device=device, pad_token_id=pad_token_id, decode=decode)
-    return Served(task, backend, decoder)
-
-
-def probe_rows(encoder: Encoder, words: tuple[int, ...] = (1, 40, 12, 90)) -> list[Row]:
-    """Rows of real tokens, about as many as `words` says, for probing and warming up."""
-    sentence = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog"]
-    texts = [" ".join((sentence * (count // len(sentence) + 1))[:count]) for count in words]
-    arrays = [encoder.row(encoding).arrays for encoding in encoder.encode_as_fits(texts)]
-    return [Row(row) for row in arrays]
-
-
-def _infer_task(config: PretrainedConfig, folder: Path) -> str:
-    if (folder / "modules.json").is_file():
-        return "sentence-embedding"
-    for architecture in config.architectures or ():
-        for ending, task in TASK_OF_HEAD.items():
-            if architecture.endswith(ending):
-                return task
-    raise InvalidSettings(
-        f"no task, and none can be inferred from the architectures {config.architectures}, expected the name "
-        "of a task @ parameters.extra.task"
-    )
-
-
-def _device(setting: int | str | None) -> torch.device:
-    if setting is None or setting == -1:
-        return torch.device("cpu")
-    accelerator = torch.accelerator.current_accelerator()
-    kind = "cuda" if accelerator is None else accelerator.type
-    try:
-        device = torch.device(setting) if isinstance(setting, str) else torch.device(kind, setting)
-    except RuntimeError:
-        raise InvalidSettings(
-            f'got {setting!r}, expected -1, 0, "cpu", "cuda:1" or "mps" @ parameters.extra.device'
-        ) from None
-    if device.type != "cpu" and (accelerator is None or accelerator.type != device.type):
-        raise InvalidSettings(
-            f"got {setting!r}, but torch {torch.__version__} sees no {device.type} device here, expected -1 "
-            "(CPU), or a machine and a torch build with that device @ parameters.extra.device"
-        )
-    return device
+    return load_program(settings, program or provide_program(settings))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,12 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from mlserver_hftasks.backends.base import Head
 from mlserver_hftasks.errors import InvalidSettings
+from mlserver_hftasks.loading.placement import placement_options
 from mlserver_hftasks.settings import Settings
 
 logger = logging.getLogger("mlserver.hftasks")
+SMALL_FILES = ("*.json", "*_Dense/*", "*.txt", "*.model")
+"""Configs, tokenizers, and the layers of sentence-transformers."""
 transformers.utils.logging.disable_progress_bar()
 
 
@@ -32,15 +35,36 @@ class Source:
             self._common["revision"] = settings.revision
         self.folder = Path(self._name) if Path(self._name).is_dir() else self._snapshot()
 
-    def _snapshot(self) -> Path:
-        """The small files of a model on the hub, sentence-transformers' among them."""
-        patterns = ["*.json", "*_Dense/*"]
+    @property
+    def name(self) -> str:
+        """The hub id or the folder."""
+        return self._name
+
+    def fetch(self, name: str) -> Path | None:
+        """A folder with that file of the model on the hub, and what else begins so; None if there is none.
+
+        None for a folder too: what it has is there.
+        """
+        if Path(self._name).is_dir():
+            return None
+        stem = name.removesuffix(".xml")
+        folder = self._snapshot([f"{stem}*", *SMALL_FILES])
+        return folder if (folder / name).is_file() else None
+
+    def weights_folder(self) -> Path:
+        """A folder that has the weights too."""
+        if Path(self._name).is_dir():
+            return self.folder
+        return self._snapshot(["*.safetensors", *SMALL_FILES])
+
+    def _snapshot(self, patterns: Sequence[str] = SMALL_FILES) -> Path:
+        """The files of a model on the hub that match the patterns."""
         path = self._read(
             snapshot_download,
             self._name,
             "pretrained_model",
             revision=self._settings.revision,
-            allow_patterns=patterns,
+            allow_patterns=list(patterns),
         )
         return Path(path)
 
@@ -65,8 +89,9 @@ class Source:
     def model(self, head: Head, config: PretrainedConfig, device: torch.device) -> PreTrainedModel:
         """The model with that head, on the CPU; `device` is where it will run."""
         options: dict[str, Any] = {
-            "dtype": dtype_of(self._settings.dtype, device, config),
+            "dtype": dtype_of(self._settings, device, config),
             "use_safetensors": True,
+            **placement_options(self._settings),
             **self._common,
             **self._settings.model_kwargs,
         }
@@ -111,11 +136,13 @@ def _quiet_transformers() -> Iterator[None]:
         transformers.utils.logging.set_verbosity(verbosity)
 
 
-def dtype_of(setting: str, device: torch.device, config: PretrainedConfig) -> torch.dtype:
+def dtype_of(settings: Settings, device: torch.device, config: PretrainedConfig) -> torch.dtype:
     """The dtype of the setting; `auto` is the checkpoint's, where the device computes in it."""
-    if setting != "auto":
-        dtype: torch.dtype = getattr(torch, setting)
+    if settings.dtype != "auto":
+        dtype: torch.dtype = getattr(torch, settings.dtype)
         return dtype
+    if settings.quantization not in (None, "none"):
+        return torch.float32  # scales are found, and the rest is computed, in float32
     stored = getattr(config, "dtype", None) or torch.float32
     # float16 arithmetic on a CPU is emulated, and slower than float32.
     slow = stored is torch.float16 and device.type == "cpu"

@@ -1,10 +1,15 @@
-"""Puts together what answers the requests of one model."""
+"""Puts together what answers the requests of one model.
+
+What only torch runs is imported only for it: a folder with a program is ready before torch is imported.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import cast
 
+from mlserver_hftasks.backends.program import ProgramBackend
 from mlserver_hftasks.codecs.request import EXPLAIN
 from mlserver_hftasks.engine.batcher import Batcher
 from mlserver_hftasks.engine.cost import CostModel
@@ -13,19 +18,17 @@ from mlserver_hftasks.engine.scheduler import Scheduler
 from mlserver_hftasks.engine.steps import StepScheduler
 from mlserver_hftasks.errors import InvalidSettings
 from mlserver_hftasks.explain.black_box import SIGNATURE, BlackBoxExplainer
-from mlserver_hftasks.explain.explainer import Explainer, ExplainLimits
 from mlserver_hftasks.explain.remote import RemoteModel
-from mlserver_hftasks.explain.targets import targets_of
+from mlserver_hftasks.explain.targets import TARGETS
 from mlserver_hftasks.loading import Served
 from mlserver_hftasks.metrics import ModelMetrics
 from mlserver_hftasks.runtime.configuration import limits_of, step_limits_of
 from mlserver_hftasks.runtime.explaining import AnsweringService, Explaining, Explains
-from mlserver_hftasks.runtime.generation import GenerationService
+from mlserver_hftasks.runtime.late import LateExplainer
 from mlserver_hftasks.runtime.service import RowService, Service
 from mlserver_hftasks.settings import Settings
 from mlserver_hftasks.tasks.base import ItemLimits
 from mlserver_hftasks.tasks.signature import Signature
-from mlserver_hftasks.tasks.text_generation import TextGeneration
 
 
 def answering(
@@ -40,7 +43,7 @@ def answering(
 
     Made on the event loop that will await the answers. Raises `InvalidSettings`.
     """
-    if settings.mode == EXPLAIN and targets_of(served.task) is None:
+    if settings.mode == EXPLAIN and served.task.name not in TARGETS:
         raise InvalidSettings(
             f"got {EXPLAIN}, but of {served.task.name} there is nothing to explain, expected another task "
             "@ parameters.extra.mode"
@@ -53,14 +56,9 @@ def answering(
         observe_queue=metrics.queued,
         name=name,
     )
-    explainer = Explainer(
-        served.task,
-        served.backend,
-        batcher,
-        limits=ExplainLimits(settings.max_queue_explanations),
-        on_thread_start=on_thread_start,
-        name=f"{name}-explain",
-    )
+    make = partial(_explainer, name, settings, served, batcher, on_thread_start)
+    late = isinstance(served.backend, ProgramBackend)
+    explainer = LateExplainer(served.task.name, make) if late else make()
     explaining = _explaining(explainer, served.task.signature, settings, metrics)
     predictions = _predictions(name, settings, served, batcher, metrics, on_thread_start)
     return AnsweringService(predictions, explaining, mode=settings.mode)
@@ -77,6 +75,21 @@ def explaining_another(settings: Settings, infer_uri: str, metrics: ModelMetrics
         max_waiting=settings.max_queue_explanations,
     )
     return AnsweringService(None, _explaining(explainer, SIGNATURE, settings, metrics), mode=settings.mode)
+
+
+def _explainer(
+    name: str, settings: Settings, served: Served, batcher: Batcher, on_thread_start: Callable[[], None]
+) -> Explains:
+    from mlserver_hftasks.explain.explainer import Explainer, ExplainLimits
+
+    return Explainer(
+        served.task,
+        served.backend,
+        batcher,
+        limits=ExplainLimits(settings.max_queue_explanations),
+        on_thread_start=on_thread_start,
+        name=f"{name}-explain",
+    )
 
 
 def _explaining(
@@ -101,12 +114,16 @@ def _predictions(
 ) -> Service:
     if served.decoder is None:
         return RowService(served.task, settings.timeout_ms, batcher)
+    from mlserver_hftasks.runtime.generation import GenerationService
+    from mlserver_hftasks.tasks.text_generation import TextGeneration
+
     limits = step_limits_of(settings, served.decoder.description.device)
     generator = Generator(
         served.decoder,
         StepScheduler(limits, served.decoder.cache_tokens),
         on_thread_start=on_thread_start,
         observe=metrics.step_ran,
+        observe_occupancy=metrics.occupied,
         name=f"{name}-steps",
     )
     return GenerationService(

@@ -114,7 +114,7 @@ class _Pieces:
         said: dict[str, Any] = {} if finish is None else growing.summary(finish)
         if len(self._answers) > 1:
             said["index"] = index
-        typed = self._task.piece_tensors(piece)
+        typed = self._task.piece_tensors(piece) if self._names != (RESULT_NAME,) else {}
         outputs = [
             encode_results([self._task.piece(piece, self._parameters)])
             if name == RESULT_NAME

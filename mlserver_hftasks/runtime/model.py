@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager, suppress
 
 import mlserver
-import torch
 from mlserver.errors import MLServerError
 from mlserver.types import InferenceRequest, InferenceResponse, MetadataModelResponse, Parameters
 
@@ -19,6 +18,7 @@ from mlserver_hftasks.engine.warmup import warm_up
 from mlserver_hftasks.errors import ForwardFailed, HFTasksError, Unavailable
 from mlserver_hftasks.explain.explainer import gradients_of
 from mlserver_hftasks.loading import Served, load, memory, probe_rows
+from mlserver_hftasks.loading.threads import set_torch_threads
 from mlserver_hftasks.metrics import ModelMetrics
 from mlserver_hftasks.runtime.assembly import answering, explaining_another
 from mlserver_hftasks.runtime.configuration import settings_of, take_over_batching
@@ -68,7 +68,7 @@ class HFTasksRuntime(mlserver.MLModel):
             return True
         try:
             served = await asyncio.to_thread(_load, settings, cost)
-            threads = functools.partial(_set_threads, settings)
+            threads = functools.partial(set_torch_threads, settings)
             self._service = answering(self.name, settings, served, cost, self._metrics, threads)
         except HFTasksError as error:
             raise as_mlserver_error(error) from None
@@ -185,7 +185,6 @@ class HFTasksRuntime(mlserver.MLModel):
 def _load(settings: Settings, cost: CostModel) -> Served:
     with _loading:
         memory.manage()
-        _set_threads(settings)
         served = load(settings)
         if settings.warmup and served.decoder is None:  # a decoder's probe has warmed it up
             rows_of = functools.partial(probe_rows, served.task.model.encoder)
@@ -196,16 +195,3 @@ def _load(settings: Settings, cost: CostModel) -> Served:
         gradients_of(served.task, served.backend)
         memory.settle()
     return served
-
-
-def _set_threads(settings: Settings) -> None:
-    """Threads of torch's operators for the calling thread, and once per process between operators."""
-    if settings.intra_op_threads is not None:
-        torch.set_num_threads(settings.intra_op_threads)
-    if settings.inter_op_threads is not None and torch.get_num_interop_threads() != settings.inter_op_threads:
-        try:
-            torch.set_num_interop_threads(settings.inter_op_threads)
-        except RuntimeError:
-            logger.warning(
-                "inter_op_threads is set once per process; it stays %d", torch.get_num_interop_threads()
-            )

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, TypeVar
-
-from transformers import GenerationConfig, PretrainedConfig
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from mlserver_hftasks.backends.base import Head
 from mlserver_hftasks.engine.rows import Outputs, Row
 from mlserver_hftasks.errors import InvalidRequest, RequestTooLarge
 from mlserver_hftasks.tasks.encoder import Encoder
 from mlserver_hftasks.tasks.signature import Parameters, Signature, Tensor
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PretrainedConfig
 
 P = TypeVar("P", bound=Parameters)
 
@@ -48,9 +49,12 @@ class ModelFacts:
     truncation: bool | str | None = None
     """The setting; None leaves it to the task."""
     limits: ItemLimits = ItemLimits()
-    generation_config: GenerationConfig = field(default_factory=GenerationConfig)
+    generation_config: Any = None
+    """The model's `transformers.GenerationConfig`, for tasks that generate."""
     folder: str | None = None
     """Local folder of the model's files, where there is one."""
+    steps: bool = True
+    """Whether a generating engine can step through the model; else `generate()` runs all of it."""
     asked_as: str = ""
     """The task as the settings name it, which may say more than its own name: `translation_en_to_fr`."""
 

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from mlserver_hftasks.backends.generate import FINISH_REASONS
 from mlserver_hftasks.engine.rows import IntArray
-from mlserver_hftasks.engine.sequences import FinishReason, Sampling
+from mlserver_hftasks.engine.sequences import FINISH_REASONS, FinishReason, Sampling
 from mlserver_hftasks.errors import InvalidRequest
 from mlserver_hftasks.tasks.base import Answered, ModelFacts
 from mlserver_hftasks.tasks.generation import GenerationParameters

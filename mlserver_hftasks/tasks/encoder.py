@@ -12,13 +12,15 @@ import copy
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from mlserver_hftasks.engine.rows import IntArray, Row
 from mlserver_hftasks.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Text = str | Sequence[str]
 """A text, or its words."""

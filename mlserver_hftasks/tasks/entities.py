@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence, Set
 from itertools import pairwise
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from transformers import PreTrainedTokenizerBase
 
 from mlserver_hftasks.engine.rows import FloatArray, IntArray
 from mlserver_hftasks.tasks.scores import softmax
 from mlserver_hftasks.tasks.windows import Window
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 BoolArray = npt.NDArray[np.bool_]
 Aggregation = Literal["none", "simple", "first", "average", "max"]

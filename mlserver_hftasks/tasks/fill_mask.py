@@ -67,7 +67,7 @@ class FillMask(Task[FillMaskParameters]):
     """Results equal those of `transformers.FillMaskPipeline`. The head runs on the masks only."""
 
     name = "fill-mask"
-    head = Head("AutoModelForMaskedLM", {"logits": Level.TOKEN})
+    head = Head("AutoModelForMaskedLM", {"logits": Level.TOKEN}, selects=True)
     unwraps_single = True
     signature = Signature(
         inputs=(TEXTS,),

@@ -17,7 +17,7 @@ from pydantic import Field
 from transformers import GenerationConfig, PretrainedConfig
 
 from mlserver_hftasks.backends.base import Head
-from mlserver_hftasks.backends.generate import GenerateKey
+from mlserver_hftasks.backends.keys import GenerateKey
 from mlserver_hftasks.engine.rows import Decoding, IntArray, Row
 from mlserver_hftasks.engine.sequences import FinishReason
 from mlserver_hftasks.errors import InvalidRequest
@@ -38,6 +38,10 @@ TEXT = "generated_text"
 class Seq2SeqParameters(GenerationParameters):
     """Parameters of transformers 4's `Text2TextGenerationPipeline`; `max_length` is that of the answer."""
 
+    max_length: int | None = Field(
+        None, ge=1, description="most tokens of an answer, the one that it begins with included"
+    )
+    min_length: int | None = Field(None, ge=0, description="no end before so many tokens, see max_length")
     truncation: TruncationChoice | None = Field(
         None, description="cut texts that are too long: true, or a strategy of transformers"
     )
@@ -166,9 +170,15 @@ class Seq2Seq(Task[Q]):
         given = parameters.prefix
         return self._prefix if given is None else self.text(given, "prefix")
 
+    def first_token(self, parameters: Q) -> int | None:
+        """What an answer begins with, where it is no parameter of `generate()`. Raises `InvalidRequest`."""
+        return None
+
     def _example(self, ids: IntArray, arguments: Mapping[str, Any], parameters: Q) -> Example:
         least, most = self._lengths(parameters)
-        decoding = Decoding(most, least, self._choices.width(parameters), parameters.seed)
+        decoding = Decoding(
+            most, least, self._choices.width(parameters), parameters.seed, self.first_token(parameters)
+        )
         key = GenerateKey.of(
             arguments,
             stop=tuple(parameters.stop or parameters.stop_sequence or ()),

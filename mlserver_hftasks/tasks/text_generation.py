@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import Field
 
 from mlserver_hftasks.backends.base import Head
-from mlserver_hftasks.backends.generate import GenerateKey
+from mlserver_hftasks.backends.keys import GenerateKey
 from mlserver_hftasks.engine.rows import Decoding, IntArray, Row
 from mlserver_hftasks.engine.sequences import FinishReason, Prompt
 from mlserver_hftasks.errors import InvalidRequest
@@ -104,10 +104,11 @@ class TextGeneration(Task[TextGenerationParameters]):
     ) -> list[Example]:
         """One example per prompt or chat."""
         self._check(parameters)
-        sources = self._sources(inputs)
+        sources = self._sources(inputs, parameters.num_return_sequences or 1)
         where = "messages" if "messages" in inputs else "text_inputs"
         tokens = self._tokens(sources, parameters, where)
-        choose = self._rows if self._choices.needs_generate(parameters) else self._prompts
+        whole = self._choices.needs_generate(parameters) or not self.model.steps
+        choose = self._rows if whole else self._prompts
         return [
             choose(source, ids, parameters, f"{where}[{index}]")
             for index, (source, ids) in enumerate(zip(sources, tokens, strict=True))
@@ -166,13 +167,13 @@ class TextGeneration(Task[TextGenerationParameters]):
             )
         self._choices.check(parameters)
 
-    def _sources(self, inputs: Mapping[str, Sequence[Any]]) -> list[str | Chat]:
+    def _sources(self, inputs: Mapping[str, Sequence[Any]], answers: int) -> list[str | Chat]:
         if len(inputs) > 1:
             raise InvalidRequest("got both messages and text_inputs, expected one of them @ messages")
         ((name, values),) = inputs.items()
         chats = name == "messages" or any(map(is_chat, values)) or _is_one_chat(values)
         sources = chats_of(values, name) if chats else values
-        self.check_count(len(sources), name)
+        self.check_count(len(sources) * answers, name)
         for index, source in enumerate(sources):
             where = f"{name}[{index}]"
             texts = [m["content"] for m in source.messages] if isinstance(source, Chat) else [source]

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 
 from mlserver_hftasks.engine.rows import IntArray
 from mlserver_hftasks.errors import InvalidRequest, did_you_mean
-from mlserver_hftasks.tasks.base import Example, ModelFacts
+from mlserver_hftasks.tasks.base import ModelFacts
 from mlserver_hftasks.tasks.encoder import Truncation
 from mlserver_hftasks.tasks.languages import Language, Languages
 from mlserver_hftasks.tasks.seq2seq import Seq2Seq, Seq2SeqParameters, signature_of
@@ -60,15 +60,6 @@ class Translation(Seq2Seq[TranslationParameters]):
         pairs = _pairs(config)
         return pairs.get(name) or (next(iter(pairs.values()), {}) if name == cls.name else {})
 
-    def examples(
-        self, inputs: Mapping[str, Sequence[Any]], parameters: TranslationParameters
-    ) -> list[Example]:
-        """See `Seq2Seq`. A multilingual model's answers begin with the token of their language."""
-        if self._languages is not None:
-            first = self._language(parameters, 1).first
-            parameters = parameters.model_copy(update={"forced_bos_token_id": first})
-        return super().examples(inputs, parameters)
-
     def encoded(self, texts: Sequence[str], parameters: TranslationParameters) -> list[IntArray]:
         """See `Seq2Seq`. A multilingual model's texts are marked with their language."""
         if self._languages is None:
@@ -82,6 +73,10 @@ class Translation(Seq2Seq[TranslationParameters]):
         for index, encoding in enumerate(encodings):
             encoder.check_length(len(encoding.ids) + marks, f"inputs[{index}]")
         return [np.array([*source.before, *each.ids, *source.after], dtype=np.int64) for each in encodings]
+
+    def first_token(self, parameters: TranslationParameters) -> int | None:
+        """See `Seq2Seq`: the token of the language, of a multilingual model."""
+        return None if self._languages is None else self._language(parameters, 1).first
 
     def prefix(self, parameters: TranslationParameters) -> str:
         """See `Seq2Seq`: that of the request's pair, where the model has one for it."""

@@ -11,6 +11,8 @@ from tests.compat.replay import Answer, Output
 
 TOLERANCE = 1e-4
 """Between numbers."""
+SAID_OF_GENERATION = frozenset({"finish_reason", "prompt_tokens", "generated_tokens"})
+"""Parameters of a response that only ours has, which takes nothing away."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +30,16 @@ def differences(theirs: Answer, ours: Answer) -> list[Difference]:
     found = list(_of_status(theirs, ours))
     if not found and theirs.error is None:
         found = [
-            *_of_values(dict(theirs.envelope), dict(ours.envelope), "response"),
+            *_of_values(dict(theirs.envelope), _comparable(ours), "response"),
             *_of_outputs(theirs, ours),
         ]
     return list({difference.kind: difference for difference in reversed(found)}.values())
+
+
+def _comparable(ours: Answer) -> dict[str, Any]:
+    said = ours.envelope.get("parameters", {})
+    kept = {name: value for name, value in said.items() if name not in SAID_OF_GENERATION}
+    return {**ours.envelope, "parameters": kept} if "parameters" in ours.envelope else dict(ours.envelope)
 
 
 def _of_status(theirs: Answer, ours: Answer) -> Iterator[Difference]:

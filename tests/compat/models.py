@@ -19,7 +19,12 @@ from typing import Any, Literal
 HERE = Path(__file__).parent
 GOLDEN = HERE.parent / "golden"
 BUILT = HERE.parents[1] / "build" / "compat" / "models"
-TOKENIZERS = {"bert": "BertTokenizer", "distilbert": "DistilBertTokenizer", "roberta": "RobertaTokenizer"}
+TOKENIZERS = {
+    "bert": "BertTokenizer",
+    "distilbert": "DistilBertTokenizer",
+    "roberta": "RobertaTokenizer",
+    "gpt2": "GPT2Tokenizer",
+}
 ENTITIES = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
 
 
@@ -29,8 +34,8 @@ class Model:
 
     name: str
     task: str
-    architecture: Literal["bert", "distilbert", "roberta"] = "bert"
-    head: Literal["sequence", "token", "mask", "qa", "base"] = "base"
+    architecture: Literal["bert", "distilbert", "roberta", "gpt2"] = "bert"
+    head: Literal["sequence", "token", "mask", "qa", "base", "causal"] = "base"
     labels: Sequence[str] | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
@@ -87,6 +92,12 @@ MODELS = (
         extra={"optimum_model": False},
     ),
     Model("vectors", "feature-extraction", "distilbert", "base"),
+    Model("stories", "text-generation", "gpt2", "causal", extra={"device": -1}),
+    Model("summaries", "summarization", folder=GOLDEN / "s2s_bart"),
+    Model("summaries-t5", "summarization", folder=GOLDEN / "s2s_t5"),
+    Model("translations", "translation", folder=GOLDEN / "s2s_t5", extra={"task_suffix": "_en_to_fr"}),
+    Model("translations-mbart", "translation", folder=GOLDEN / "s2s_mbart"),
+    Model("rewrites", "text2text-generation", folder=GOLDEN / "s2s_t5"),
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -262,6 +263,23 @@ def test_languages_of_a_request_go_before_those_of_the_name() -> None:
     )
     half = harness.results(named, {"inputs": TEXTS}, tgt_lang="de")
     assert half == harness.results(plain, {"inputs": TEXTS}, src_lang="en", tgt_lang="de")
+
+
+@pytest.mark.parametrize("model", ["s2s_mbart", "s2s_m2m"])
+def test_clients_of_different_languages_share_a_batch(model: str) -> None:
+    served = serve(model, "translation")
+    languages = Languages.of(served.task.model.encoder.tokenizer)
+    assert languages is not None
+    codes = languages.codes()[::8]
+    pairs = [{"src_lang": a, "tgt_lang": b} for a, b in itertools.pairwise(codes)]
+    asked = [served.task.signature.parse({**pair, "num_beams": 2}) for pair in pairs]
+    examples = [served.task.examples({"inputs": TEXTS[:1]}, parameters)[0] for parameters in asked]
+    rows = [example.rows[0] for example in examples]
+    assert len({row.key for row in rows}) == 1
+    for outputs, example, parameters in zip(served.backend.forward(rows), examples, asked, strict=True):
+        together = served.task.postprocess(harness.Answered(example, [outputs]), parameters)
+        alone = harness.results(served, {"inputs": TEXTS[:1]}, **parameters.model_dump(exclude_unset=True))
+        assert together == alone
 
 
 def test_a_pair_of_a_request_chooses_the_words_that_t5_wants() -> None:

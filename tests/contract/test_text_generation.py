@@ -410,3 +410,6 @@ def test_settings_limit_what_may_be_asked_for() -> None:
     assert cut.context.prompts[0].reserved <= 12
     with pytest.raises(RequestTooLarge):
         model.task.examples({"text_inputs": ["x"] * 2000}, parse({}))
+    with pytest.raises(RequestTooLarge):
+        many = {"num_return_sequences": 60, "do_sample": True}
+        model.task.examples({"text_inputs": ["x"] * 20}, parse(many))

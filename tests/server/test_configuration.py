@@ -30,7 +30,7 @@ BAD_SETTINGS: list[tuple[str, dict[str, Any], str]] = [
     ("choice", {"dtype": "int4"}, "@ parameters.extra.dtype"),
     ("truncation", {"truncation": "sometimes"}, "@ parameters.extra.truncation"),
     ("framework", {"framework": "tf"}, "@ parameters.extra.framework"),
-    ("optimum", {"optimum_model": True}, "@ parameters.extra.optimum_model"),
+    ("optimum", {"optimum_model": True, "backend": "openvino"}, "@ parameters.extra"),
     ("device", {"device": "tpu:9:9"}, "@ parameters.extra.device"),
     ("absent device", {"device": "mps"}, "@ parameters.extra.device"),
     ("length", {"max_length": 100_000}, "expected 5..128"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -197,6 +198,23 @@ def test_messages_of_tritonclient_stream(server: Server) -> None:
     assert "".join(got["pieces"]) == whole(server, "talker", PROMPT, max_new_tokens=12)
     assert got["finish_reason"] in {"length", "eos"}
     assert "max_new_tokens" in got["error"]
+
+
+@pytest.mark.parametrize("options", [[], ["--grpc"], ["--chat"], ["--chat", "--grpc"]], ids=" ".join)
+def test_the_example_prints_a_stream(server: Server, options: list[str]) -> None:
+    script = Path(__file__).parents[2] / "examples" / "stream.py"
+    address = ["--http-port", str(server.http_port), "--grpc-port", server.grpc_url.rpartition(":")[2]]
+    run = subprocess.run(
+        [sys.executable, str(script), "chatter", PROMPT, "--max-new-tokens", "8", *address, *options],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    if "--chat" not in options:
+        assert run.stdout.startswith(whole(server, "chatter", PROMPT, max_new_tokens=8))
+    assert re.search(r"\n\[(length|eos), [1-8] tokens\]\n$", run.stdout)
 
 
 def test_parameters_do_not_leak_between_clients(server: Server) -> None:

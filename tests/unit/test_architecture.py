@@ -1,6 +1,8 @@
 """Imports go down only, so that each room can be understood without those above it."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,11 @@ STOREYS = (
     {"settings"},
     {"engine"},
     {"backends"},
-    {"tasks"},
+    {"tasks", "export"},
     {"metrics", "loading", "codecs", "explain"},
     {"runtime", "client"},
-    {"__init__", "cli"},
+    {"__init__"},
+    {"cli"},
 )
 """From the ground up; a room imports from its own storey's room and from those below."""
 STOREY = {room: level for level, rooms in enumerate(STOREYS) for room in rooms}
@@ -56,10 +59,27 @@ def test_only_the_door_and_the_codecs_know_mlserver(path: Path) -> None:
 def test_the_scheduler_is_pure_policy() -> None:
     names = {
         name.split(".")[0]
-        for file in ("scheduler", "cost", "rows")
+        for file in ("scheduler", "cost", "rows", "steps", "extents", "sequences")
         for name in imported(PACKAGE / f"engine/{file}.py")
     }
     assert not names & {"torch", "asyncio", "threading", "time", "transformers"}
+
+
+def test_a_program_is_served_without_torch_and_transformers() -> None:
+    """They take seconds to import: `loading` asks for them only where a model of theirs is to run."""
+    script = (
+        "import sys, mlserver_hftasks, mlserver_hftasks.loading.programs, mlserver_hftasks.backends.onnx\n"
+        "from mlserver_hftasks.tasks.registry import TASKS, task_class\n"
+        "[task_class(name) for name in sys.argv[1:]]\n"
+        "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, "text-classification", "sentence-embedding", "fill-mask"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "[]"
 
 
 def test_exported_names() -> None:

@@ -6,10 +6,12 @@ Adding one is adding its file and a line in `TARGETS`; files are imported when a
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mlserver_hftasks.explain.targets.base import Targets
 from mlserver_hftasks.tasks.base import Task
+
+if TYPE_CHECKING:
+    from mlserver_hftasks.explain.targets.base import Targets
 
 TARGETS: dict[str, str] = {
     "fill-mask": "fill_mask.FillMaskTargets",

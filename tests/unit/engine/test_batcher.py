@@ -14,7 +14,7 @@ import pytest
 
 from mlserver_hftasks.engine.batcher import Batcher, BatchReport
 from mlserver_hftasks.engine.cost import CostModel
-from mlserver_hftasks.engine.rows import Outputs, Row
+from mlserver_hftasks.engine.rows import Decoding, Outputs, Row
 from mlserver_hftasks.engine.scheduler import Limits, Scheduler
 from mlserver_hftasks.errors import ForwardFailed, InvalidRequest, Overloaded, Unavailable
 
@@ -372,6 +372,25 @@ async def test_the_event_loop_is_never_held_up() -> None:
             if worst < 0.05:
                 return
     pytest.fail(f"the loop stood still for {gaps} s")
+
+
+async def test_who_leaves_ends_the_rows_that_are_being_continued() -> None:
+    backend = SumBackend()
+    backend.gate.clear()
+    async with serving(backend) as batcher:
+        left, stayed = (
+            Row({"input_ids": np.array([each])}, decoding=Decoding(max_new_tokens=9)) for each in (1, 2)
+        )
+        leaving = asyncio.create_task(batcher.run([left]))
+        assert await asyncio.to_thread(backend.entered.wait, PATIENCE_S)
+        leaving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        assert left.decoding is not None and left.decoding.abandoned
+        backend.gate.set()
+        assert sums(await batcher.run([stayed])) == [2]
+        assert stayed.decoding is not None and not stayed.decoding.abandoned
+        assert stayed.cost == 1 + 9
 
 
 # -- the background ------------------------------------------------------------------------------

@@ -160,7 +160,6 @@ def test_pickled_weights_load_only_when_asked_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"optimum_model": True}, "the ONNX Runtime backend is not there yet"),
         ({"task": "text-classificaton"}, "did you mean 'text-classification'? @ task"),
         ({"device": "tpu:x"}, '"cuda:1" or "mps" @ parameters.extra.device'),
         ({"device": 7, "task": "ner"}, "@ parameters.extra.device"),

@@ -1,0 +1,66 @@
+"""A traceable model to an OpenVINO file, by the exporter of transformers; int8 weights by this module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+from transformers.exporters import OpenVINOConfig, OpenVINOExporter
+
+FILE = "openvino_model.xml"
+STEPS = 127
+TINY = 1e-30
+FEWEST_COLUMNS = 32
+"""Products with fewer columns, a classifier's, stay in float."""
+
+
+def export(model: PreTrainedModel, sample: Mapping[str, torch.Tensor]) -> Any:
+    """The model as an `openvino.Model`; all dimensions of `sample` may vary."""
+    varies = {
+        name: dict.fromkeys(range(tensor.dim()), torch.export.Dim.AUTO) for name, tensor in sample.items()
+    }
+    program, _ = OpenVINOExporter().export_program(
+        model, dict(sample), OpenVINOConfig(dynamic=True, dynamic_shapes=varies)
+    )
+    return program
+
+
+def save(program: Any, folder: Path) -> str:
+    """Write the program and its weights; the name of its file."""
+    OpenVINOExporter.save_program(program, folder / FILE)
+    return FILE
+
+
+def compress_weights(program: Any) -> int:
+    """Weights of products as int8 with a scale per column; how many.
+
+    On a CPU OpenVINO then quantizes the activations too, while it runs, with scales per token and group of
+    columns (its property DYNAMIC_QUANTIZATION_GROUP_SIZE).
+    """
+    from openvino import opset13
+
+    count = 0
+    for node in program.get_ordered_ops():
+        weight = _weight(node)
+        if weight is None:
+            continue
+        axis = 1 if node.get_attributes()["transpose_b"] else 0
+        steps = np.maximum(np.abs(weight).max(axis=axis, keepdims=True), TINY).astype(np.float32) / STEPS
+        whole = opset13.convert(opset13.constant(np.rint(weight / steps).astype(np.int8)), "f32")
+        node.input(1).replace_source_output(opset13.multiply(whole, opset13.constant(steps)).output(0))
+        count += 1
+    return count
+
+
+def _weight(node: Any) -> np.ndarray[Any, np.dtype[np.float32]] | None:
+    if node.get_type_name() != "MatMul":
+        return None
+    source = node.input_value(1).get_node()
+    if source.get_type_name() != "Constant" or len(source.shape) != 2 or min(source.shape) < FEWEST_COLUMNS:
+        return None
+    weight: np.ndarray[Any, np.dtype[np.float32]] = source.data
+    return weight if weight.dtype == np.float32 else None

@@ -1,0 +1,141 @@
+"""From settings and a program's file to what runs it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+
+from mlserver_hftasks.backends.base import Description, Head
+from mlserver_hftasks.backends.program import Layout, Runner
+from mlserver_hftasks.errors import InvalidSettings
+from mlserver_hftasks.loading.manifest import Program
+from mlserver_hftasks.settings import Settings
+
+
+def open_runner(settings: Settings, program: Program, layout: Layout) -> tuple[Runner, Description]:
+    """The program, loaded, and how it runs. Raises `InvalidSettings` for what does not go together."""
+    if program.backend != "onnx" and (settings.provider or settings.provider_options):
+        raise InvalidSettings(
+            f'got a provider with the backend "{program.backend}", expected one with "onnx" only '
+            "@ parameters.extra.provider"
+        )
+    opened: tuple[Runner, Description] = _OPEN[program.backend](settings, program, layout)
+    return opened
+
+
+def check_head(head: Head, backend: str) -> None:
+    """Raises `InvalidSettings` for a task that no program serves."""
+    if head.generates:
+        raise InvalidSettings(
+            f'got "{backend}" for a task that generates, expected "torch" @ parameters.extra.backend'
+        )
+
+
+def _open_onnx(settings: Settings, program: Program, layout: Layout) -> tuple[Runner, Description]:
+    from mlserver_hftasks.backends import onnx
+
+    provider, options = _provider(settings)
+    onnx.check_options(provider, options)
+    if provider != onnx.CPU and _quantization(settings, program) != "none":
+        raise InvalidSettings(
+            f"got a quantized program on {provider}, expected the CPU (device -1) or a program in float "
+            "@ parameters.extra.device"
+        )
+    _only_float(settings, '"onnx"')
+    runner = onnx.OnnxRunner(
+        program.path, threads=settings.intra_op_threads, provider=provider, provider_options=options
+    )
+    device = "cpu" if provider == onnx.CPU else f"cuda:{options.get('device_id', 0)}"
+    return runner, Description("onnx", device, _precision(settings, program), layout.value)
+
+
+def _provider(settings: Settings) -> tuple[str, Mapping[str, str | int | bool]]:
+    from mlserver_hftasks.backends import onnx
+
+    index = _accelerator(settings.device)
+    provider = settings.provider or (onnx.CPU if index is None else onnx.CUDA)
+    if provider != onnx.CPU and index is not None:
+        return provider, {"device_id": index, **settings.provider_options}
+    return provider, settings.provider_options
+
+
+def _accelerator(device: int | str | None) -> int | None:
+    """The number of the CUDA device that the setting names, None for the CPU."""
+    if device in (None, -1, "cpu"):
+        return None
+    found = re.fullmatch(r"(?:cuda:?)?(\d*)", str(device))
+    if found is None:
+        raise InvalidSettings(
+            f'got {device!r}, expected -1, 0, "cpu" or "cuda:1" with this backend @ parameters.extra.device'
+        )
+    return int(found[1] or 0)
+
+
+def _open_openvino(settings: Settings, program: Program, layout: Layout) -> tuple[Runner, Description]:
+    from mlserver_hftasks.backends import openvino
+
+    if settings.device not in (None, -1, "cpu"):
+        raise InvalidSettings(
+            f'got {settings.device!r}, expected -1 or "cpu" with "openvino" @ parameters.extra.device'
+        )
+    quantized = _quantization(settings, program) != "none"
+    if settings.dtype != "auto":
+        dtype = settings.dtype
+    else:
+        # Where the rest is bfloat16, int8 products are exact to the row, and faster.
+        dtype = "bfloat16" if quantized and openvino.computes_bfloat16() else "float32"
+    runner = openvino.OpenVINORunner(program.path, threads=settings.intra_op_threads, dtype=dtype)
+    precision = _precision(settings, program) if quantized else dtype
+    return runner, Description("openvino", "cpu", precision, layout.value)
+
+
+def _open_exported(settings: Settings, program: Program, layout: Layout) -> tuple[Runner, Description]:
+    from mlserver_hftasks.backends.exported import ExportedRunner
+
+    _only_float(settings, '"export"')
+    device = _torch_device(settings)
+    return ExportedRunner(program.path, device), Description("export", device, "float32", layout.value)
+
+
+def _open_torchscript(settings: Settings, program: Program, layout: Layout) -> tuple[Runner, Description]:
+    from mlserver_hftasks.backends.torchscript import TorchScriptRunner
+
+    device = _torch_device(settings)
+    return TorchScriptRunner(program.path, device), Description(
+        "torchscript", device, "float32", layout.value
+    )
+
+
+def _torch_device(settings: Settings) -> str:
+    from mlserver_hftasks.loading.eager import device_of
+    from mlserver_hftasks.loading.threads import set_torch_threads
+
+    set_torch_threads(settings)
+    return str(device_of(settings.device))
+
+
+def _only_float(settings: Settings, backend: str) -> None:
+    if settings.dtype not in ("auto", "float32"):
+        raise InvalidSettings(
+            f'got "{settings.dtype}" with the backend {backend}, expected "auto" or "float32", or the '
+            'backend "openvino" or "torch" @ parameters.extra.dtype'
+        )
+
+
+def _quantization(settings: Settings, program: Program) -> str:
+    return (settings.quantization or "none") if program.manifest is None else program.manifest.quantization
+
+
+def _precision(settings: Settings, program: Program) -> str:
+    quantization = _quantization(settings, program)
+    if quantization != "none":
+        return quantization
+    return "float32" if program.manifest is None else program.manifest.dtype
+
+
+_OPEN: dict[str, Callable[[Settings, Program, Layout], tuple[Runner, Description]]] = {
+    "onnx": _open_onnx,
+    "openvino": _open_openvino,
+    "export": _open_exported,
+    "torchscript": _open_torchscript,
+}
