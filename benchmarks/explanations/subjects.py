@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import csv
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,15 +17,14 @@ import torch
 import transformers
 from captum.attr import LayerIntegratedGradients
 
+from examples.build_models import SENTENCES, build
 from mlserver_hftasks.explain.result import Explanation
 from mlserver_hftasks.loading import Served, load
 from mlserver_hftasks.settings import Settings
 from tests import toy
 from tests.explaining import explaining
 
-ROOT = Path(__file__).parents[2]
-MODELS = ROOT / "models"
-SENTENCES = ROOT / "examples" / "data" / "sentiment.tsv"
+MODELS = Path(__file__).parents[2] / "models"
 FEWEST_TOKENS, MOST_TOKENS = 5, 60
 REFERENCE_STEPS = 512
 CAPTUM_STEPS = 50
@@ -59,8 +56,7 @@ class Subject:
 
 def sentiment(count: int, exact: int) -> Subject:
     """The demo's model, built if it is not there, on sentences like those that it learned from."""
-    # A script, not a module: the demo imports it by another name.
-    subprocess.run([sys.executable, ROOT / "examples" / "build_models.py", MODELS], check=True)
+    build(MODELS)
     with SENTENCES.open(encoding="utf-8", newline="") as file:
         rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         sentences = [row["text"] for row in rows if row["split"] == "test"]
