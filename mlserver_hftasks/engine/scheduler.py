@@ -19,8 +19,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlserver_hftasks.engine.cost import CostModel
+from mlserver_hftasks.engine.room import check_room
 from mlserver_hftasks.engine.rows import Batch, Job, Row, Ticket
-from mlserver_hftasks.errors import Overloaded, RequestTooLarge
+from mlserver_hftasks.errors import Overloaded
 
 MIN_BUDGET_TOKENS = 128
 """No learned budget goes below this: a lone text of usual length always fits."""
@@ -99,20 +100,13 @@ class Scheduler:
 
     def check_admission(self, rows: int, tokens: int, now: float) -> None:
         """Raise `Overloaded` if a job of that size would not be taken now; queues nothing."""
-        for what, queued, new, limit in (
-            ("rows", self.queued_rows, rows, self.limits.max_queue_rows),
-            ("tokens", self.queued_tokens, tokens, self.limits.max_queue_tokens),
-        ):
-            if new > limit:
-                raise RequestTooLarge(
-                    f"the request brings {new} {what}, expected at most {limit} @ max_queue_{what}"
-                )
-            if queued + new > limit:
-                raise Overloaded(
-                    f"the queue is full: {queued} {what} wait and the request brings {new}, "
-                    f"expected at most {limit} together @ max_queue_{what}",
-                    retry_after_s=self.seconds_of(self.queued_tokens),
-                )
+        check_room(
+            (
+                ("rows", self.queued_rows, rows, self.limits.max_queue_rows),
+                ("tokens", self.queued_tokens, tokens, self.limits.max_queue_tokens),
+            ),
+            lambda: self.seconds_of(self.queued_tokens),
+        )
         target = self.limits.latency_target_s
         if target is None or not self.cost.knows:
             return

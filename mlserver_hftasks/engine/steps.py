@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from mlserver_hftasks.engine.extents import Extents
+from mlserver_hftasks.engine.room import check_room
 from mlserver_hftasks.engine.sequences import (
     Choice,
     Chunk,
@@ -26,7 +27,7 @@ from mlserver_hftasks.engine.sequences import (
     GenerationJob,
     Prompt,
 )
-from mlserver_hftasks.errors import Overloaded, RequestTooLarge
+from mlserver_hftasks.errors import RequestTooLarge
 
 PATIENCE = 4.0
 """A job is due after this many times the seconds that it takes alone."""
@@ -113,20 +114,13 @@ class StepScheduler:
 
     def check_admission(self, sequences: int, tokens: int) -> None:
         """Raise `Overloaded` or `RequestTooLarge` if a job of that size would not be taken now."""
-        for what, queued, new, limit in (
-            ("rows", self.waiting, sequences, self.limits.max_queue_rows),
-            ("tokens", self.waiting_tokens, tokens, self.limits.max_queue_tokens),
-        ):
-            if new > limit:
-                raise RequestTooLarge(
-                    f"the request brings {new} {what}, expected at most {limit} @ max_queue_{what}"
-                )
-            if queued + new > limit:
-                raise Overloaded(
-                    f"the queue is full: {queued} {what} wait and the request brings {new}, "
-                    f"expected at most {limit} together @ max_queue_{what}",
-                    retry_after_s=self.waiting_tokens * self._step_rate,
-                )
+        check_room(
+            (
+                ("rows", self.waiting, sequences, self.limits.max_queue_rows),
+                ("tokens", self.waiting_tokens, tokens, self.limits.max_queue_tokens),
+            ),
+            lambda: self.waiting_tokens * self._step_rate,
+        )
 
     def cancel(self, job: GenerationJob) -> None:
         """Forget the job; what it holds of the cache is free at once."""
