@@ -165,7 +165,7 @@ def test_many_at_once_get_what_each_gets_alone(architecture: str) -> None:
 
 def test_seeds(architecture: str) -> None:
     model = served(architecture)
-    draw = {"do_sample": True, "max_new_tokens": 12}
+    draw = {"do_sample": True, "max_new_tokens": 12, "min_new_tokens": 12}
     one, same, other, free, free_too = together(
         model,
         [("Anna", {**draw, "seed": 1})] * 2 + [("Anna", {**draw, "seed": 2})] + [("Anna", draw)] * 2,
