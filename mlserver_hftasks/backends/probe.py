@@ -96,6 +96,16 @@ def largest_difference(got: Sequence[Outputs], wanted: Sequence[Outputs]) -> flo
     return max(worst) if not np.isnan(worst).any() else float("nan")
 
 
+def overall_difference(got: Sequence[Outputs], wanted: Sequence[Outputs]) -> float:
+    """The largest difference of any row's output, relative to the largest value of it in all rows."""
+    worst = []
+    for name in wanted[0]:
+        scale = max(float(np.abs(outputs[name]).max()) for outputs in wanted)
+        apart = [np.abs(one[name] - other[name]).max() for one, other in zip(got, wanted, strict=True)]
+        worst.append(np.max(apart) / max(scale, 1e-6))
+    return float(np.max(worst))
+
+
 def selecting(row: Row) -> Row:
     """The row with all of its tokens selected, for a head that computes only what is."""
     return replace(row, select=np.arange(row.cost))

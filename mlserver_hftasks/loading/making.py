@@ -120,7 +120,7 @@ def _difference(settings: Settings, manifest: Manifest, made: Made, out: Path, h
     backend = ProgramBackend(runner, head, made.plan, description)
     got = [backend.forward([row])[0] for row in made.rows]
     backend.close()
-    return probe.largest_difference(got, made.expected)
+    return probe.overall_difference(got, made.expected)
 
 
 def copy_small_files(source: Path, out: Path) -> None:
