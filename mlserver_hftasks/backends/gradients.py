@@ -67,7 +67,8 @@ class Differentiable(Protocol):
 class PathBackend:
     """Runs `PathRow`s. Called from one thread at a time, which may be another than the predictions'.
 
-    `pause` is called between the layers, forward and backward: whoever sets it can hold the work up there.
+    `pause` is called after each product with a matrix of weights, forward and backward, so every few
+    milliseconds: whoever sets it can hold the work up there.
     """
 
     def __init__(self, clone: TorchBackend) -> None:
@@ -77,8 +78,8 @@ class PathBackend:
         self.padded = clone.padded
         self.device = clone._device
         self.pause: Callable[[], object] = lambda: None
-        for layer in _layers(clone._model.base_model):
-            layer.register_forward_hook(self._between_layers)
+        for module in _products(clone._model.base_model):
+            module.register_forward_hook(self._after_forward)
 
     @classmethod
     def of(cls, backend: TorchBackend) -> PathBackend | None:
@@ -169,11 +170,10 @@ class PathBackend:
             for index, row in enumerate(rows)
         ]
 
-    def _between_layers(self, layer: torch.nn.Module, inputs: Any, outputs: Any) -> None:
+    def _after_forward(self, module: torch.nn.Module, inputs: Any, outputs: Any) -> None:
         self.pause()
-        hidden = outputs if isinstance(outputs, Tensor) else outputs[0]
-        if hidden.requires_grad:
-            hidden.register_hook(self._after_backward)
+        if outputs.requires_grad:
+            outputs.register_hook(self._after_backward)
 
     def _after_backward(self, gradient: Tensor) -> None:
         self.pause()
@@ -258,7 +258,11 @@ def _contributions(scores: Sequence[Tensor], point: Tensor, way: Tensor) -> Floa
     return contributions
 
 
-def _layers(backbone: torch.nn.Module) -> list[torch.nn.Module]:
-    """The layers of the longest list of modules, or none."""
-    lists = [module for module in backbone.modules() if isinstance(module, torch.nn.ModuleList)]
-    return list(max(lists, key=len, default=[]))
+def _products(backbone: torch.nn.Module) -> list[torch.nn.Module]:
+    """The modules that multiply by a matrix."""
+    weights = ((module, getattr(module, "weight", None)) for module in backbone.modules())
+    return [
+        module
+        for module, weight in weights
+        if isinstance(weight, Tensor) and weight.ndim >= 2 and not isinstance(module, torch.nn.Embedding)
+    ]

@@ -2,7 +2,7 @@
 
 The request's rows are predicted. Then each item is explained by itself: a method asks for
 evaluations, and those of all items and all requests run together in batches. Gradients have a thread of
-their own, which stops between two layers while predictions wait; methods without gradients run in the
+their own, which stops in the midst of a batch while predictions wait; methods without gradients run in the
 background of the predictions' own engine.
 """
 
@@ -35,14 +35,14 @@ from mlserver_hftasks.explain.tokens import tokens_of
 from mlserver_hftasks.tasks.base import Answered, Example, Task
 from mlserver_hftasks.tasks.signature import Parameters
 
-MAX_BATCH_TOKENS = {"cpu": 512}
+MAX_BATCH_TOKENS = {"cpu": 384}
 """Tokens of a batch of gradients; 16384 on other devices."""
 BACKGROUND_TOKENS = {"cpu": 64}
 """Tokens of a batch in the background, since a prediction that comes in waits for it to end; or 2048."""
 UNBOUNDED = 1 << 40
 """Of rows that wait: texts are counted where they come in."""
-MAX_PAUSE_S = 0.1
-"""Explanations wait for predictions between two layers, but never longer than this."""
+MAX_PAUSE_S = 0.02
+"""Explanations wait for predictions between two products of matrices, but never longer than this."""
 AUTO = {True: "integrated-gradients", False: "permutation-shap"}
 """The method where there are gradients, and where there are none."""
 
