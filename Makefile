@@ -5,6 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 TORCH  := torch>=2.13,<2.14
+COVERED := $(if $(COVERAGE),--cov --cov-report=)
 
 .PHONY: install demo notebooks test lint format typecheck docs compat bench bench-quick clean
 
@@ -21,8 +22,14 @@ $(STAMP): pyproject.toml
 demo: install
 	$(BIN)/python -m examples.demo $(if $(CHECK),--check)
 
+# servers have the machine to themselves: their tests look at the clock
 test: install
-	$(BIN)/python -m pytest $(if $(COVERAGE),--cov --cov-report=term-missing:skip-covered) $(ARGS)
+ifdef ARGS
+	$(BIN)/python -m pytest $(ARGS)
+else
+	$(BIN)/python -m pytest tests/unit tests/contract --numprocesses=auto --dist=loadfile $(COVERED)
+	$(BIN)/python -m pytest tests/server $(if $(COVERAGE),$(COVERED) --cov-append --cov-report=term-missing:skip-covered)
+endif
 
 notebooks: install
 	$(BIN)/python -m examples.build_models
