@@ -30,9 +30,9 @@ class Plan:
     shapes: tuple[Shape, ...]
 
 
-FULL = Plan("full", 5, 512, 192, 3, 8.0, 2, (shapes.MINILM, shapes.DISTILBERT))
+FULL = Plan("full", 3, 384, 128, 3, 8.0, 2, (shapes.MINILM, shapes.DISTILBERT))
 QUICK = Plan("quick", 3, 192, 64, 2, 5.0, 1, (shapes.MINILM,))
-VERSUS = Plan("full", 3, 320, 128, 2, 4.0, 1, (shapes.MINILM, shapes.DISTILBERT))
+VERSUS = Plan("full", 3, 192, 64, 2, 3.0, 1, (shapes.MINILM, shapes.DISTILBERT))
 VERSUS_QUICK = Plan("quick", 2, 128, 48, 1, 2.5, 1, (shapes.MINILM,))
 SMOKE = Plan("smoke", 1, 48, 16, 1, 1.5, 1, (shapes.MINILM, shapes.DISTILBERT))
 
