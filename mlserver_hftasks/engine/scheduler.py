@@ -221,7 +221,8 @@ class Scheduler:
         return 0 if self._is_long(queue[0][2]) else self.budget_tokens // 2
 
     def _is_long(self, job: Job) -> bool:
-        return job.remaining_tokens > self.budget_tokens
+        """Whether a batch cannot answer the job, and need not: one row is never split."""
+        return len(job.pending) > 1 and job.remaining_tokens > self.budget_tokens
 
     def _best_window(self, costs: list[int], seed: int, budget: int) -> tuple[int, int]:
         """First and last index of the window around `seed` with the most useful tokens per second."""
