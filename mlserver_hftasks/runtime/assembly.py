@@ -64,6 +64,15 @@ def answering(
     return AnsweringService(predictions, explaining, mode=settings.mode)
 
 
+def prepare_explaining(served: Served) -> None:
+    """Make gradients ready, where there are some: it takes a while, and must not come while rows run."""
+    if isinstance(served.backend, ProgramBackend):
+        return
+    from mlserver_hftasks.explain.explainer import gradients_of
+
+    gradients_of(served.task, served.backend)
+
+
 def explaining_another(settings: Settings, infer_uri: str, metrics: ModelMetrics) -> AnsweringService:
     """Explanations of a model on another server, and nothing else. Made on the event loop that will await."""
     model = RemoteModel(infer_uri, input_name=settings.infer_input, output_name=settings.infer_output)

@@ -16,11 +16,10 @@ from mlserver.types import InferenceRequest, InferenceResponse, MetadataModelRes
 from mlserver_hftasks.engine.cost import CostModel
 from mlserver_hftasks.engine.warmup import warm_up
 from mlserver_hftasks.errors import ForwardFailed, HFTasksError, Unavailable
-from mlserver_hftasks.explain.explainer import gradients_of
 from mlserver_hftasks.loading import Served, load, memory, probe_rows
 from mlserver_hftasks.loading.threads import set_torch_threads
 from mlserver_hftasks.metrics import ModelMetrics
-from mlserver_hftasks.runtime.assembly import answering, explaining_another
+from mlserver_hftasks.runtime.assembly import answering, explaining_another, prepare_explaining
 from mlserver_hftasks.runtime.configuration import settings_of, take_over_batching
 from mlserver_hftasks.runtime.explaining import AnsweringService
 from mlserver_hftasks.runtime.metadata import described
@@ -192,6 +191,6 @@ def _load(settings: Settings, cost: CostModel) -> Served:
                 served.backend.forward(rows_of((4, 16)))
             else:
                 warm_up(served.backend, served.backend.padded, cost, rows_of)
-        gradients_of(served.task, served.backend)
+        prepare_explaining(served)
         memory.settle()
     return served

@@ -1,12 +1,14 @@
 """Exported programs give what the model gives on torch, alone and in a batch.
 
-A few architectures here; `HFTASKS_WIDE=1` runs the whole matrix, which takes a quarter of an hour.
+A few architectures here; `HFTASKS_WIDE=1` runs the whole matrix.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +163,35 @@ def test_an_onnx_file_of_another_tool(tmp_path: Path) -> None:
     assert max(differences(answer(served, inputs_of(served)), want)) < 5 * TOLERANCE
     with pytest.raises(InvalidSettings, match=r"gives logits, expected last_hidden_state .*file_name"):
         serve(folder, "feature-extraction", optimum_model=True)
+
+
+SERVED = """
+import asyncio, sys
+from mlserver import ModelSettings
+from mlserver.types import InferenceRequest, RequestInput
+from mlserver_hftasks import HFTasksRuntime
+
+async def main():
+    parameters = {"uri": sys.argv[1], "extra": {"task": "text-classification"}}
+    settings = ModelSettings(name="program", implementation=HFTasksRuntime, parameters=parameters)
+    runtime = HFTasksRuntime(settings)
+    await runtime.load()
+    text = RequestInput(name="args", shape=[1], datatype="BYTES", data=["the river was quiet"])
+    response = await runtime.predict(InferenceRequest(inputs=[text]))
+    assert response.outputs[0].data
+    await runtime.metadata()
+    await runtime.unload()
+
+asyncio.run(main())
+print(sorted({"torch", "transformers"} & set(sys.modules)))
+"""
+
+
+def test_a_program_is_loaded_and_predicts_without_torch_and_transformers() -> None:
+    command = [sys.executable, "-c", SERVED, str(exported.folder("bert", "sequence", "onnx"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_a_model_is_exported_once_into_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,7 @@ def test_only_the_door_and_the_codecs_know_mlserver(path: Path) -> None:
 def test_the_scheduler_is_pure_policy() -> None:
     names = {
         name.split(".")[0]
-        for file in ("scheduler", "cost", "rows", "steps", "extents", "sequences")
+        for file in ("scheduler", "cost", "rows", "room", "steps", "extents", "sequences")
         for name in imported(PACKAGE / f"engine/{file}.py")
     }
     assert not names & {"torch", "asyncio", "threading", "time", "transformers"}
@@ -68,7 +68,8 @@ def test_the_scheduler_is_pure_policy() -> None:
 def test_a_program_is_served_without_torch_and_transformers() -> None:
     """They take seconds to import: `loading` asks for them only where a model of theirs is to run."""
     script = (
-        "import sys, mlserver_hftasks, mlserver_hftasks.loading.programs, mlserver_hftasks.backends.onnx\n"
+        "import sys, mlserver_hftasks.loading.programs, mlserver_hftasks.backends.onnx\n"
+        "import mlserver_hftasks.runtime.model\n"
         "from mlserver_hftasks.tasks.registry import TASKS, task_class\n"
         "[task_class(name) for name in sys.argv[1:]]\n"
         "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
