@@ -20,9 +20,9 @@ from benchmarks.session import Session
 from benchmarks.shapes import Shape, tokenizer_of
 from benchmarks.versus.fleet import as_shared
 from benchmarks.versus.systems import FP32, PLAIN, System
-from mlserver_hftasks.backends.generate import GenerateBackend
-from mlserver_hftasks.backends.keys import GenerateKey
 from mlserver_hftasks.engine.rows import Decoding, Row
+from mlserver_hftasks.generation.generate import GenerateBackend
+from mlserver_hftasks.generation.keys import GenerateKey
 
 MARIAN = Shape(
     "marian",

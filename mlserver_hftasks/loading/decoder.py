@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from mlserver_hftasks.backends.decoder import TorchDecoder
-from mlserver_hftasks.backends.decoder_probe import objection
 from mlserver_hftasks.backends.placed import moved
-from mlserver_hftasks.backends.twin import with_shared_weights
+from mlserver_hftasks.generation.decoder import TorchDecoder
+from mlserver_hftasks.generation.probe import objection
+from mlserver_hftasks.generation.twin import with_shared_weights
 
 logger = logging.getLogger("mlserver.hftasks")
 

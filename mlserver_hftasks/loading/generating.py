@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from mlserver_hftasks.backends.generate import GenerateBackend
+from mlserver_hftasks.generation.generate import GenerateBackend
 from mlserver_hftasks.loading.decoder import cache_tokens_of, decoder_of
 from mlserver_hftasks.loading.served import Served, asked_as, model_facts
 from mlserver_hftasks.loading.source import Source

@@ -19,7 +19,7 @@ from mlserver_hftasks.tasks.registry import canonical_name, task_class
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig
 
-    from mlserver_hftasks.backends.decoder import TorchDecoder
+    from mlserver_hftasks.generation.decoder import TorchDecoder
 
 TASK_OF_HEAD = {
     "ForSequenceClassification": "text-classification",

@@ -189,7 +189,7 @@ class Answer:
 
 
 def answers_of(answered: Answered) -> list[Answer]:
-    """The answers to one item, from the outputs that `backends.generate` describes."""
+    """The answers to one item, from the outputs that `generation.generate` describes."""
     (outputs,) = answered.outputs
     found = []
     for index, length in enumerate(outputs["lengths"].tolist()):
@@ -230,7 +230,7 @@ def answer_tensors(answers: Sequence[Sequence[Answer]]) -> dict[str, Tensor]:
 
 
 def outputs_of(results: Sequence[Any]) -> dict[str, IntArray | Any]:
-    """What the generating engine answers to one item, in the form of `backends.generate`."""
+    """What the generating engine answers to one item, in the form of `generation.generate`."""
     width = max((len(result.tokens) for result in results), default=0)
     made: dict[str, Any] = {
         "sequences": padded_tensor("INT64", [result.tokens for result in results], 0, width).values,

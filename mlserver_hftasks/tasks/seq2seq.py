@@ -17,10 +17,10 @@ from pydantic import Field
 from transformers import GenerationConfig, PretrainedConfig
 
 from mlserver_hftasks.backends.base import Head
-from mlserver_hftasks.backends.keys import GenerateKey
 from mlserver_hftasks.engine.rows import Decoding, IntArray, Row
 from mlserver_hftasks.engine.sequences import FinishReason
 from mlserver_hftasks.errors import InvalidRequest
+from mlserver_hftasks.generation.keys import GenerateKey
 from mlserver_hftasks.tasks.base import Answered, Example, ModelFacts, Task
 from mlserver_hftasks.tasks.decoding import Answer, Choices, answer_tensors, answers_of, summary_of
 from mlserver_hftasks.tasks.generation import GenerationParameters

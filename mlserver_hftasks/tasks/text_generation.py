@@ -11,10 +11,10 @@ import numpy as np
 from pydantic import Field
 
 from mlserver_hftasks.backends.base import Head
-from mlserver_hftasks.backends.keys import GenerateKey
 from mlserver_hftasks.engine.rows import Decoding, IntArray, Row
 from mlserver_hftasks.engine.sequences import FinishReason, Prompt
 from mlserver_hftasks.errors import InvalidRequest
+from mlserver_hftasks.generation.keys import GenerateKey
 from mlserver_hftasks.tasks.base import Answered, Example, ModelFacts, Task
 from mlserver_hftasks.tasks.chat import Chat, chats_of, is_chat, rendered
 from mlserver_hftasks.tasks.decoding import Answer, Choices, answer_tensors, answers_of, summary_of

@@ -12,11 +12,11 @@ import pytest
 import torch
 import transformers
 
-from mlserver_hftasks.backends.generate import GenerateBackend
-from mlserver_hftasks.backends.keys import GenerateKey
-from mlserver_hftasks.backends.twin import with_shared_weights
 from mlserver_hftasks.engine.rows import Decoding, Outputs, Row
 from mlserver_hftasks.engine.sequences import FINISH_REASONS, FinishReason
+from mlserver_hftasks.generation.generate import GenerateBackend
+from mlserver_hftasks.generation.keys import GenerateKey
+from mlserver_hftasks.generation.twin import with_shared_weights
 from mlserver_hftasks.loading import generating
 from tests import harness, tiny
 

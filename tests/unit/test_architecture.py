@@ -15,6 +15,7 @@ STOREYS = (
     {"settings"},
     {"engine"},
     {"backends"},
+    {"generation"},
     {"tasks", "export"},
     {"metrics", "loading", "codecs", "explain"},
     {"runtime", "client"},

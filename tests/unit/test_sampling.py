@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers.generation import logits_process as processing
 
-from mlserver_hftasks.backends import sampling
-from mlserver_hftasks.backends.sampling import choose
 from mlserver_hftasks.engine.sequences import GeneratedSequence, GenerationJob, Prompt, Sampling
+from mlserver_hftasks.generation import sampling
+from mlserver_hftasks.generation.sampling import choose
 
 VOCABULARY = 40
 PROMPT = (3, 5, 5, 7)

@@ -26,8 +26,8 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from mlserver_hftasks.backends.base import Description
 from mlserver_hftasks.backends.placed import moved
-from mlserver_hftasks.backends.sampling import choose
 from mlserver_hftasks.engine.sequences import Choice, Chunk
+from mlserver_hftasks.generation.sampling import choose
 
 ATTENTION_NAME = "hftasks_cached"
 

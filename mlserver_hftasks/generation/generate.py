@@ -19,10 +19,12 @@ from transformers.generation.logits_process import NoRepeatNGramLogitsProcessor
 from transformers.modeling_outputs import BaseModelOutput
 
 from mlserver_hftasks.backends.base import Description
-from mlserver_hftasks.backends.keys import GenerateKey
-from mlserver_hftasks.backends.logprobs import token_logprobs
 from mlserver_hftasks.backends.placed import moved
-from mlserver_hftasks.backends.steering import (
+from mlserver_hftasks.engine.rows import Decoding, FloatArray, IntArray, Outputs, Row
+from mlserver_hftasks.engine.sequences import FINISH_REASONS
+from mlserver_hftasks.generation.keys import GenerateKey
+from mlserver_hftasks.generation.logprobs import token_logprobs
+from mlserver_hftasks.generation.steering import (
     WARPERS,
     Decode,
     Draw,
@@ -33,8 +35,6 @@ from mlserver_hftasks.backends.steering import (
     drawing_from,
     warpers_of,
 )
-from mlserver_hftasks.engine.rows import Decoding, FloatArray, IntArray, Outputs, Row
-from mlserver_hftasks.engine.sequences import FINISH_REASONS
 
 LENGTHS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens")
 OF_BEAMS: tuple[str, ...] = ("early_stopping", "length_penalty")

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from mlserver_hftasks.backends.decoder import TorchDecoder
 from mlserver_hftasks.backends.probe import MAX_WINDOW_TOKENS, window_of
 from mlserver_hftasks.backends.torch import TOLERANCE, TOLERANCES
 from mlserver_hftasks.engine.rows import IntArray
 from mlserver_hftasks.engine.sequences import Chunk, GeneratedSequence, GenerationJob, Prompt
+from mlserver_hftasks.generation.decoder import TorchDecoder
 
 PROMPTS = (9, 37, 16)
 NEW_TOKENS = 3

@@ -1,0 +1,1 @@
+"""Models that write: a decoder that steps through many sequences, `generate()`, sampling and steering."""
