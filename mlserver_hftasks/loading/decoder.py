@@ -44,11 +44,18 @@ def bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
     return int(2 * text.num_hidden_layers * heads * head_dim * dtype.itemsize)
 
 
-def decoder_of(model: PreTrainedModel, device: torch.device, cache_tokens: int) -> TorchDecoder | None:
-    """The model behind the generating engine; None if it does not fit, which the log says."""
+def decoder_of(
+    model: PreTrainedModel, device: torch.device, cache_tokens: int, precision: str | None = None
+) -> TorchDecoder | None:
+    """The model behind the generating engine; None if it does not fit, which the log says.
+
+    `precision` is what the model computes in, where that is not its dtype.
+    """
     moved(model.eval().requires_grad_(False), device)
     try:
-        decoder = TorchDecoder(with_shared_weights(model), device=device, cache_tokens=cache_tokens)
+        decoder = TorchDecoder(
+            with_shared_weights(model), device=device, cache_tokens=cache_tokens, precision=precision
+        )
         reason = objection(decoder, model)
     except Exception as error:  # whatever an architecture makes of attention that it was not made for
         reason = repr(error)
