@@ -95,8 +95,8 @@ class Settings(BaseModel):
     )
     quantization: Annotated[Quantization | None, BeforeValidator(_none_from_string)] = Field(
         None,
-        description="int8: scales per token at run time; int8-static: calibrated before; int8-weight-only and "
-        "int4-weight-only: of models that generate the weights alone",
+        description="int8: scales per token at run time; int8-static: calibrated before; "
+        "int8-weight-only, int4-weight-only: the weights alone, of models that generate",
     )
     file_name: Annotated[str | None, BeforeValidator(_none_from_string)] = Field(
         None, description="the program's file in the model's folder: `model_quantized.onnx`, `model.pt`"

@@ -112,7 +112,7 @@ def replace(model: PreTrainedModel, run: Callable[[], object], make: Callable[[L
 
     `run` runs the model once, on anything. `make` may raise, which leaves the model half replaced.
     """
-    groups = _groups(model, run)
+    groups = _groups(model.base_model, run)
     for names in groups:
         layers = [Layer.of(model.base_model.get_submodule(name)) for name in names]
         product = make(Layer.joined(layers))
@@ -137,9 +137,8 @@ def replace_head(model: PreTrainedModel, make: Callable[[Layer], Product]) -> No
     model.set_submodule(name, _Alone(layer.weight, make(layer)))
 
 
-def _groups(model: PreTrainedModel, run: Callable[[], object]) -> list[list[str]]:
+def _groups(backbone: nn.Module, run: Callable[[], object]) -> list[list[str]]:
     """Names of the layers that ran, those that read the same tensor of the same module together."""
-    head = model.get_output_embeddings()  # where a model is its own backbone, as T5 is
     groups: dict[tuple[str, int], list[str]] = {}
     kept: list[Tensor] = []  # so that no two tensors have the same id
 
@@ -153,10 +152,8 @@ def _groups(model: PreTrainedModel, run: Callable[[], object]) -> list[list[str]
 
     hooks = [
         module.register_forward_pre_hook(note(name))
-        for name, module in model.base_model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-        and module is not head
-        and not LEFT_ALONE & set(name.split("."))
+        for name, module in backbone.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and not LEFT_ALONE & set(name.split("."))
     ]
     try:
         run()

@@ -51,8 +51,9 @@ def quantize(model: PreTrainedModel, run: Callable[[], object], quantization: st
     """
     multiplied = _levels_product()
     make = _MAKERS[quantization]
-    replace(model, run, lambda layer: make(layer, multiplied))
+    # The head first: of T5 it is a part of the backbone.
     replace_head(model, lambda layer: Int8WeightOnly(layer, multiplied))
+    replace(model, run, lambda layer: make(layer, multiplied))
 
 
 class Int8(Shared):
@@ -114,7 +115,7 @@ class Int4WeightOnly(Shared):
         )[:, : self._outputs]
         if self._bias is not None:
             product = product + self._bias
-        return product.to(tensor.dtype).reshape(*tensor.shape[:-1], -1)
+        return product.to(tensor.dtype).reshape(*tensor.shape[:-1], self._outputs)
 
 
 def _int4(layer: Layer, multiplied: Callable[[Tensor], Levels]) -> Product:
@@ -142,7 +143,7 @@ def _finished(product: Tensor, largest: Tensor, bias: Tensor | None, like: Tenso
         product.mul_(scales)
     else:
         torch.addcmul(bias, product, scales, out=product)
-    return product.to(like.dtype).view(*like.shape[:-1], -1)
+    return product.to(like.dtype).view(*like.shape[:-1], product.shape[1])
 
 
 def _bias_of(layer: Layer) -> Tensor | None:

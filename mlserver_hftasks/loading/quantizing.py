@@ -55,4 +55,11 @@ def quantized(settings: Settings, model: PreTrainedModel, head: Head, row: Row) 
         weights.quantize(model, run, asked)
     else:
         int8.quantize(model, run)
+    _let_go_of_the_file(model)
     return asked
+
+
+def _let_go_of_the_file(model: PreTrainedModel) -> None:
+    """Copy what is left of the weights: they may be views of a file that is mapped whole."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
