@@ -121,7 +121,8 @@ def _load(folder: Path, extra: dict[str, Any]) -> None:
 
 
 def _turn() -> Run:
-    return Run(*(_rate(count, 1, new) for count, new in NEW_TOKENS.items()), _rate(1, PROMPT_TOKENS, 1))
+    one, many = (_rate(count, 1, new) for count, new in NEW_TOKENS.items())
+    return Run(one, many, _rate(1, PROMPT_TOKENS, 1))
 
 
 def _rate(sequences: int, prompt_tokens: int, new_tokens: int) -> float:

@@ -23,6 +23,8 @@ class Order:
     format: Format
     quantization: Literal["none", "int8", "int8-static"] = "none"
     provider: Literal["cpu", "cuda"] = "cpu"
+    compiled: bool = False
+    """To machine code, of the format `export`."""
 
 
 @dataclass(frozen=True, slots=True)
