@@ -36,6 +36,8 @@ Export, optimize or quantize a model, compare it with the original, and write a 
 
     hftasks prepare ./my-model models/ner --task token-classification --backend onnx
 
+    hftasks prepare ./my-model models/fast --task text-classification --backend export --compile
+
     mlserver start models/sst2
 
 SOURCE is an id of the hub or a folder, OUT a folder that is not there yet. A file of texts has one per
@@ -135,6 +137,11 @@ def prepare(wanted: Wanted, out: Path, advance: Advance = lambda step: None) -> 
         advance(LOADING)
         before, loaded_before = _tried(wanted.reference)
         rows = rows_of(before.served.task, wanted.items)
+        if not rows:  # of prompts, which a generating engine steps through
+            raise InvalidSettings(
+                "got a task that generates in steps, expected one whose outputs can be compared; this one is "
+                'quantized by "quantization" in its own model-settings.json @ --task'
+            )
         expected = before.outputs(rows)
         advance(WRITING)
         _write_model(wanted, folder, advance)

@@ -173,6 +173,14 @@ def test_what_cannot_be_prepared_is_one_line_and_no_folder(
     assert names(tmp_path) == before
 
 
+def test_what_generates_in_steps_is_not_prepared(run: Run, tmp_path: Path) -> None:
+    out, model = tmp_path / "out", tiny.folder("gpt2", "causal")
+    code, said = run("prepare", model, out, "--task", "text-generation", "--quantize", "int8")
+    assert code == 1
+    assert 'quantized by "quantization" in its own model-settings.json' in " ".join(said.split())
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_that_is_there_stays_as_it_is(run: Run, tmp_path: Path, model: Path) -> None:
     (tmp_path / "mine.txt").write_text("x")
     status, _, errors = run("prepare", model, tmp_path, "--task", "text-classification")
