@@ -175,7 +175,7 @@ def test_what_cannot_be_prepared_is_one_line_and_no_folder(
 
 def test_what_generates_in_steps_is_not_prepared(run: Run, tmp_path: Path) -> None:
     out, model = tmp_path / "out", tiny.folder("gpt2", "causal")
-    code, said = run("prepare", model, out, "--task", "text-generation", "--quantize", "int8")
+    code, _, said = run("prepare", model, out, "--task", "text-generation", "--quantize", "int8")
     assert code == 1
     assert 'quantized by "quantization" in its own model-settings.json' in " ".join(said.split())
     assert not list(tmp_path.iterdir())
