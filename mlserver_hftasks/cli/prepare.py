@@ -26,7 +26,7 @@ from mlserver_hftasks.loading.manifest import WEIGHTS
 from mlserver_hftasks.loading.source import Source
 from mlserver_hftasks.runtime.folder import FILE, IMPLEMENTATIONS
 from mlserver_hftasks.settings import Quantization, Settings, read_settings
-from mlserver_hftasks.tasks.registry import canonical_name
+from mlserver_hftasks.tasks.registry import canonical_name, task_class
 
 HELP = """
 Export, optimize or quantize a model, compare it with the original, and write a folder to serve.
@@ -132,16 +132,12 @@ def prepare(wanted: Wanted, out: Path, advance: Advance = lambda step: None) -> 
     """Make the folder `out`, or nothing at all. Raises `HFTasksError`."""
     if out.exists():
         raise InvalidSettings("it is there already, expected a folder that is not, to be made @ " + str(out))
+    _check_compares(wanted.settings)
     memory.manage()
     with new_folder(out.resolve()) as folder:
         advance(LOADING)
         before, loaded_before = _tried(wanted.reference)
         rows = rows_of(before.served.task, wanted.items)
-        if not rows:  # of prompts, which a generating engine steps through
-            raise InvalidSettings(
-                "got a task that generates in steps, expected one whose outputs can be compared; this one is "
-                'quantized by "quantization" in its own model-settings.json @ --task'
-            )
         expected = before.outputs(rows)
         advance(WRITING)
         _write_model(wanted, folder, advance)
@@ -161,6 +157,16 @@ def prepare(wanted: Wanted, out: Path, advance: Advance = lambda step: None) -> 
         for path in folder.rglob("*"):
             path.chmod(0o755 if path.is_dir() else 0o644)  # a server may run as another user
     return report
+
+
+def _check_compares(settings: Settings) -> None:
+    """Raises `InvalidSettings` for what steps through prompts on torch: there are no outputs of one pass."""
+    generates = task_class(canonical_name(settings.task or "")).head.auto_class == "AutoModelForCausalLM"
+    if generates and settings.chosen_backend in (None, "torch"):
+        raise InvalidSettings(
+            "got a task that generates in steps, expected one whose outputs can be compared; this one is "
+            'quantized by "quantization" in its own model-settings.json @ --task'
+        )
 
 
 def _tried(settings: Settings) -> tuple[Trial, float]:
