@@ -46,6 +46,8 @@ class Plan:
     reads: Reads = Reads.ALL
     padding_idx: int | None = None
     """For models that count positions from there; see `lanes.positions`."""
+    marker: int | None = None
+    """Of rows that are padded, those with equally many of that token run together; see `feeds.marker_of`."""
 
 
 class Runner(Protocol):
@@ -73,12 +75,7 @@ class ProgramBackend:
 
     def forward(self, rows: Sequence[Row]) -> Sequence[Outputs]:
         """See `base.Backend`."""
-        made: list[Outputs] = [{}] * len(rows)
-        for indices in self._passes(rows):
-            outputs = self._forward([rows[index] for index in indices])
-            for index, output in zip(indices, outputs, strict=True):
-                made[index] = output
-        return made
+        return feeds.gathered(rows, self._passes(rows), self._forward)
 
     def close(self) -> None:
         """See `base.Backend`."""
@@ -89,7 +86,7 @@ class ProgramBackend:
         if self._plan.layout is Layout.SINGLE:
             return ([index] for index in range(len(rows)))
         if self._plan.layout is Layout.PADDED:
-            return iter([range(len(rows))])
+            return iter(feeds.alike(rows, self._plan.marker))
         return lanes.passes([row.cost for row in rows])
 
     def _forward(self, rows: Sequence[Row]) -> list[Outputs]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlserver_hftasks.backends import probe
 from mlserver_hftasks.backends.base import Description, Head
+from mlserver_hftasks.backends.feeds import marker_of
 from mlserver_hftasks.backends.program import Layout, Plan, ProgramBackend, Reads, Runner
 from mlserver_hftasks.errors import InvalidSettings
 from mlserver_hftasks.loading import light
@@ -112,7 +113,7 @@ def _load_other(settings: Settings, program: Program) -> Served:
     pad = next(
         (i for i in (tokenizer.pad_token_id, config.pad_token_id, tokenizer.eos_token_id) if i is not None), 0
     )
-    plan = Plan(Layout.PADDED, int(pad), Reads.ALL)
+    plan = Plan(Layout.PADDED, int(pad), Reads.ALL, marker=marker_of(config, kind.head))
     return Served(task, _backend(settings, program, kind.head, plan, encoder, config))
 
 

@@ -32,6 +32,7 @@ NARROW: list[tuple[str, tiny.HeadName, str]] = [
     ("deberta-v2", "token", "onnx"),
     ("bert", "base", "openvino"),
     ("distilbert", "qa", "export"),
+    ("bart", "sequence", "export"),
 ]
 BACKENDS = ("onnx", "openvino", "export")
 WIDE: list[tuple[str, tiny.HeadName, str]] = [
@@ -65,8 +66,15 @@ def differences(got: Any, want: Any) -> list[float]:
     ]
 
 
+REFUSED = {("bart", "sequence", "export"): "cannot be exported to export .*depends on the values of others"}
+
+
 @pytest.mark.parametrize(("architecture", "head", "backend"), MATRIX)
 def test_a_program_gives_what_the_model_gives(architecture: str, head: tiny.HeadName, backend: str) -> None:
+    if reason := REFUSED.get((architecture, head, backend)):
+        with pytest.raises(InvalidSettings, match=reason):
+            exported.folder(architecture, head, backend)
+        return
     torch = serve(tiny.folder(architecture, head), TASKS[head], packing="off")
     program = serve(exported.folder(architecture, head, backend), TASKS[head])
     assert program.backend.description.backend == backend
