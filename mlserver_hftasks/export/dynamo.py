@@ -11,7 +11,7 @@ FILE = "model.pt2"
 
 
 def write(job: Export) -> str:
-    """Write the program and its weights; the name of its file. Raises `ValueError` for what it cannot keep."""
+    """Write the program and its weights; the name of its file. Raises `ValueError` if it would not open."""
     config = DynamoConfig(dynamic=True, dynamic_shapes=job.sizes)
     program, _ = DynamoExporter().export_program(job.model, job.inputs, config)
     if any(free_unbacked_symbols(node.meta.get("val")) for node in program.graph.nodes):
