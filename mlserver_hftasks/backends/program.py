@@ -64,13 +64,16 @@ class Runner(Protocol):
 
 
 class ProgramBackend:
-    """Runs rows through a program; see `base.Backend`."""
+    """Runs rows through a program; see `base.Backend`. With `alone` each row runs by itself in any layout."""
 
-    def __init__(self, runner: Runner, head: Head, plan: Plan, description: Description) -> None:
+    def __init__(
+        self, runner: Runner, head: Head, plan: Plan, description: Description, *, alone: bool = False
+    ) -> None:
         self._runner = runner
         self._head = head
         self._plan = plan
-        self.padded = plan.layout is Layout.PADDED
+        self._alone = alone or plan.layout is Layout.SINGLE
+        self.padded = plan.layout is Layout.PADDED and not alone
         self.description = description
 
     def forward(self, rows: Sequence[Row]) -> Sequence[Outputs]:
@@ -83,7 +86,7 @@ class ProgramBackend:
         del self._runner
 
     def _passes(self, rows: Sequence[Row]) -> Iterator[Sequence[int]]:
-        if self._plan.layout is Layout.SINGLE:
+        if self._alone:
             return ([index] for index in range(len(rows)))
         if self._plan.layout is Layout.PADDED:
             return iter(feeds.alike(rows, self._plan.marker))

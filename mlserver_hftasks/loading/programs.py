@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,7 @@ logger = logging.getLogger("mlserver.hftasks")
 TOLERANCE = 1e-4
 """Largest difference, relative to the largest output, that a row's batch may make; `probe` has the two
 questions that are asked."""
-ROOM = {"bfloat16": 6e-2, "int8": 6e-2, "int8-static": 6e-2}
+ROOM = {"bfloat16": 6e-2, "int8": 0.2, "int8-static": 0.2}
 """The same where a runtime may sum in another order in a batch, and a last digit tips a rounding to 8 bits.
 What follows is then rounded anew, so that the outputs may move by as much as quantization moved them."""
 STILL = 1e-5
@@ -137,13 +137,8 @@ def _backend(
     if reason is None or plan.layout is Layout.SINGLE:
         return backend
     logger.warning("%s cannot be batched (%s); its rows run one by one", program.path.name, reason)
-    single = Plan(Layout.SINGLE, plan.pad_token_id, plan.reads)
-    return ProgramBackend(
-        runner,
-        head,
-        single,
-        Description(description.backend, description.device, description.dtype, "single"),
-    )
+    single = replace(description, packing="single")
+    return ProgramBackend(runner, head, plan, single, alone=True)
 
 
 def _objection(backend: ProgramBackend, rows: Sequence[Any], description: Description) -> str | None:

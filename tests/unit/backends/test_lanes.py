@@ -146,6 +146,24 @@ def test_the_first_token_alone_is_read_where_that_is_all() -> None:
     assert got == [[row.arrays["input_ids"].sum(), row.arrays["input_ids"][0]] for row in rows]
 
 
+@pytest.mark.parametrize("layout", [Layout.LANES, Layout.PADDED])
+def test_a_program_may_run_its_rows_one_by_one(layout: Layout) -> None:
+    """In the layout that it was made for."""
+    seen: list[frozenset[str]] = []
+
+    class Noting(Summing):
+        inputs = frozenset({"packed_ids", "head_mask"} if layout is Layout.LANES else {"attention_mask"})
+
+        def run(self, feed: Any) -> Any:
+            seen.append(frozenset(feed))
+            return {"logits": np.zeros((1, 2), np.float32)}
+
+    head, how = Head("AutoModel", {"logits": Level.SEQUENCE}), Description("fake", "cpu", "float32", "single")
+    backend = ProgramBackend(Noting(), head, Plan(layout, PAD), how, alone=True)
+    assert len(backend.forward(rows_of([3, 5, 2]))) == 3
+    assert seen == [Noting.inputs] * 3 and not backend.padded
+
+
 def test_selected_tokens_are_read() -> None:
     rows = [
         Row({"input_ids": np.array([4, 5, 6])}, select=np.array([2, 0])),
