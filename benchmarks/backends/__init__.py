@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from benchmarks.backends import decoders, inside, neighbours, served, start, torch_side
+from benchmarks.backends import agreement, decoders, inside, neighbours, served, start, torch_side
 from benchmarks.report import Findings
 from benchmarks.session import Session
 
 TITLE = "Benchmark of the backends"
 EXPERIMENTS: Mapping[str, Callable[[Session], Findings]] = {
     "inside": inside.measure,
+    "agreement": agreement.measure,
     "neighbours": neighbours.measure,
     "served": served.measure,
     "start": start.measure,

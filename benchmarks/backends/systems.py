@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,17 +27,19 @@ class System:
     compiled: bool = False
     speed: tuple[float, float] | None = None
     """Times torch's float32 that it shall reach, on the MiniLM and the DistilBERT shape."""
-    agreement: float | None = None
 
     def folder(self, session: Session, shape: Shape) -> Path:
-        """The model's folder, or one with its program."""
-        model = session.model(shape)
+        """The folder of a shape's model, or one with its program."""
+        return self.program(session, session.model(shape), shape.name)
+
+    def program(self, session: Session, model: Path, name: str, calibration: Sequence[str] = ()) -> Path:
+        """The model's folder, or one with its program, which is exported at first use."""
         if self.backend == "torch":
             return model
         made = f"{self.backend}-{self.quantization}" + ("-compiled" if self.compiled else "")
-        out = session.models / f"{shape.name}-{made}"
+        out = session.models / f"{name}-{made}"
         if not out.is_dir():
-            session.tell(f"exporting {shape.name} for {self.name}")
+            session.tell(f"exporting {name} for {self.name}")
             settings = Settings.model_validate(
                 {
                     "task": "text-classification",
@@ -47,8 +50,13 @@ class System:
                 }
             )
             with new_folder(out) as unfinished:
-                export_program(settings, unfinished, tell=session.tell)
+                export_program(settings, unfinished, calibration=calibration, tell=session.tell)
         return out
+
+    @property
+    def precision(self) -> str:
+        """Of the products with weights."""
+        return "int8" if self.quantization != "none" else self.dtype.replace("auto", "float32")
 
     @property
     def extra(self) -> dict[str, Any]:
@@ -63,7 +71,8 @@ TORCH = System("torch float32", "torch", dtype="float32")
 BFLOAT16 = System("torch bfloat16", "torch", dtype="bfloat16")
 TORCH_INT8 = System("torch int8", "torch", "int8", dtype="float32")
 ONNX = System("ONNX Runtime float32", "onnx", speed=(1.0, 1.0))
-ONNX_INT8 = System("ONNX Runtime int8", "onnx", "int8", speed=(2.6, 3.2))
+ONNX_INT8 = System("ONNX Runtime int8", "onnx", "int8")
+ONNX_STATIC = System("ONNX Runtime int8-static", "onnx", "int8-static")
 OPENVINO = System("OpenVINO float32", "openvino", speed=(1.0, 1.0))
 OPENVINO_BFLOAT16 = System("OpenVINO bfloat16", "openvino", dtype="bfloat16", speed=(1.6, 1.6))
 OPENVINO_INT8 = System("OpenVINO int8", "openvino", "int8")
@@ -72,6 +81,10 @@ COMPILED = System("AOTInductor", "export", compiled=True)
 SYSTEMS = (TORCH, BFLOAT16, TORCH_INT8, ONNX, ONNX_INT8, OPENVINO, OPENVINO_BFLOAT16, OPENVINO_INT8)
 ON_TORCH = (EXPORT, COMPILED)
 """Further ones on one shape only: compiling takes a minute."""
+AGREEING = (BFLOAT16, TORCH_INT8, ONNX_INT8, ONNX_STATIC, OPENVINO_BFLOAT16, OPENVINO_INT8)
+"""What shall say what float32 says."""
+INT8_SPEED = (2.6, 3.2)
+"""Times torch's float32 that the fastest in int8 shall reach, on the MiniLM and the DistilBERT shape."""
 FEW = (TORCH, ONNX, ONNX_INT8, OPENVINO, OPENVINO_BFLOAT16)
 """Those of a quick run."""
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from benchmarks.inprocess import InProcess
 from benchmarks.report import Figure, Findings, Table, number, spread
@@ -27,11 +23,7 @@ EXTRA: dict[str, dict[str, Any]] = {
 }
 TARGETS = {INT8: (2.6, 3.2), BF16: (1.6, 1.6)}
 """Times float32 on the MiniLM and on the DistilBERT shape."""
-AGREEMENT = 0.99
 TEXTS = 128
-ROOT = Path(__file__).resolve().parents[2]
-DEMO = ROOT / "models" / "sentiment"
-HELD_OUT = ROOT / "examples" / "data" / "sentiment.tsv"
 
 
 def measure(session: Session) -> Findings:
@@ -39,7 +31,6 @@ def measure(session: Session) -> Findings:
     findings = Findings()
     for shape in session.plan.shapes:
         findings.add(_measure(session, shape))
-    findings.figures.extend(_agreement(session))
     return findings
 
 
@@ -114,28 +105,3 @@ def _table(shape: Shape, runs: dict[str, list[float]]) -> Table:
     ]
     columns = ("", "texts/s", f"times {FP32}", "the layers' GEMMs alone", "share")
     return Table(f"Torch by CPU time ({shape.name})", columns, lines)
-
-
-def _agreement(session: Session) -> list[Figure]:
-    """On the texts that the demo's classifier was not trained on."""
-    if not DEMO.is_dir():
-        return []
-    with HELD_OUT.open(encoding="utf-8", newline="") as file:
-        table = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        texts = [row["text"] for row in table if row["split"] == "test"]
-    labels = {name: _labels(InProcess(DEMO, **extra), texts) for name, extra in EXTRA.items()}
-    shares = {name: float((labels[name] == labels[FP32]).mean()) for name in TARGETS}
-    session.journal.record("agreement", "demo", shape="demo sentiment", **shares)
-    return [
-        Figure(
-            f"labels of torch {name} equal to {FP32}'s, {len(texts)} held-out texts of the demo",
-            Spread.of([share]),
-            at_least=AGREEMENT,
-        )
-        for name, share in shares.items()
-    ]
-
-
-def _labels(model: InProcess, texts: list[str]) -> np.ndarray:
-    _, outputs = model.forward([[row] for row in model.rows(texts)])
-    return np.array([output["logits"].argmax() for output in outputs])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -34,6 +35,41 @@ def selection(rows: Sequence[Row]) -> IntArray | None:
     for i, selected in enumerate(selections):
         index[i, : len(selected)] = selected
     return index
+
+
+def marker_of(config: Any, head: Head) -> int | None:
+    """The token that a head looks for in a text, None if it looks for none.
+
+    Classifiers over an encoder with a decoder (BART's) read the state of the last end-of-text token, and take
+    all such tokens of a batch to be spread evenly over its rows. A client may write that token.
+    """
+    if not config.is_encoder_decoder or head.auto_class != "AutoModelForSequenceClassification":
+        return None
+    marker: int | None = config.eos_token_id
+    return marker
+
+
+def alike(rows: Sequence[Row], marker: int | None) -> list[list[int]]:
+    """Indices of the rows that hold the marker equally often, in groups; all in one if there is none."""
+    groups: dict[int, list[int]] = {}
+    for index, row in enumerate(rows):
+        count = 0 if marker is None else int(np.count_nonzero(row.arrays["input_ids"] == marker))
+        groups.setdefault(count, []).append(index)
+    return list(groups.values())
+
+
+def gathered(
+    rows: Sequence[Row],
+    groups: Iterable[Sequence[int]],
+    forward: Callable[[Sequence[Row]], Sequence[Outputs]],
+) -> list[Outputs]:
+    """The outputs of all rows in order, where each group of them runs by itself."""
+    made: list[Outputs] = [{}] * len(rows)
+    for indices in groups:
+        outputs = forward([rows[index] for index in indices])
+        for index, output in zip(indices, outputs, strict=True):
+            made[index] = output
+    return made
 
 
 def split(arrays: Mapping[str, FloatArray], rows: Sequence[Row], head: Head) -> list[Outputs]:

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mlserver_hftasks.backends import feeds
 from mlserver_hftasks.backends import probe as probing
 from mlserver_hftasks.backends.base import Level
 from mlserver_hftasks.engine.rows import FloatArray, Outputs, Row
@@ -100,6 +101,9 @@ class PathBackend:
         the embedding's dimensions. Its integral over `alpha` from 0 to 1 are integrated gradients
         (https://arxiv.org/abs/1703.01365).
         """
+        return feeds.gathered(rows, feeds.alike(rows, self._clone._marker), self._in_passes)
+
+    def _in_passes(self, rows: Sequence[Row]) -> list[Outputs]:
         return [
             outputs
             for part in self._clone._passes(rows)

@@ -17,6 +17,13 @@ from mlserver_hftasks.engine.rows import IntArray, Row
 
 MAX_AREA = 2**18
 """Most `tokens x longest` of one pass: the scores of attention stay within the caches, GEMMs are large."""
+ALIGNMENT = 4
+"""A row begins at a multiple of that many places, so that its numbers are the same wherever it lies, to the
+last bit. The only sums over a lane are those of attention. Softmax adds every w-th term up, in w lanes of a
+vector register, and then the register, by halves and at last in fours: at these offsets the same terms meet
+in the same order, and the terms of other rows are zeros."""
+BLOCK = 256
+"""A row crosses no multiple of that many places but from one: matrix products sum in blocks of that many."""
 NOBODY = -1
 """The owner of a place that holds no token."""
 
@@ -88,13 +95,23 @@ def arrange(lengths: Sequence[int]) -> tuple[list[int], list[int], int]:
     lanes, offsets = [0] * len(lengths), [0] * len(lengths)
     filled: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        room = longest - lengths[index]
-        lane = next((lane for lane, used in enumerate(filled) if used <= room), len(filled))
+        length = lengths[index]
+        starts = (_start(used, length) for used in filled)
+        fits = (lane for lane, start in enumerate(starts) if start + length <= longest)
+        lane = next(fits, len(filled))
         if lane == len(filled):
             filled.append(0)
-        lanes[index], offsets[index] = lane, filled[lane]
-        filled[lane] += lengths[index]
+        lanes[index], offsets[index] = lane, _start(filled[lane], length)
+        filled[lane] = offsets[index] + length
     return lanes, offsets, len(filled)
+
+
+def _start(used: int, length: int) -> int:
+    """Where a row may begin in a lane of which so much is used; see `ALIGNMENT` and `BLOCK`."""
+    start = -(-used // ALIGNMENT) * ALIGNMENT
+    if start % BLOCK + length > BLOCK:
+        start = -(-start // BLOCK) * BLOCK
+    return start
 
 
 def passes(lengths: Sequence[int], most: int = MAX_AREA) -> Iterator[list[int]]:

@@ -61,8 +61,12 @@ def objection_to(
     rows: Sequence[Row],
     alone: Sequence[Outputs],
     tolerance: float,
+    still: float | None = None,
 ) -> str | None:
-    """Why a way to run `rows` as a batch cannot be used, or None if it can; `alone` is what each must get."""
+    """Why a way to run `rows` as a batch cannot be used, or None if it can; `alone` is what each must get.
+
+    `still` is the tolerance of the second question, a tenth of that of the first if None.
+    """
     try:
         together = forward(rows)
         among_others = forward(with_other_neighbours(rows))
@@ -71,7 +75,7 @@ def objection_to(
     wrong = objection(together, alone, tolerance)
     if wrong is not None:
         return wrong
-    moved = objection(among_others[::2], together[::2], tolerance / 10)
+    moved = objection(among_others[::2], together[::2], tolerance / 10 if still is None else still)
     return None if moved is None else f"with other neighbours {moved}"
 
 

@@ -46,6 +46,8 @@ class Plan:
     reads: Reads = Reads.ALL
     padding_idx: int | None = None
     """For models that count positions from there; see `lanes.positions`."""
+    marker: int | None = None
+    """Of rows that are padded, those with equally many of that token run together; see `feeds.marker_of`."""
 
 
 class Runner(Protocol):
@@ -62,23 +64,21 @@ class Runner(Protocol):
 
 
 class ProgramBackend:
-    """Runs rows through a program; see `base.Backend`."""
+    """Runs rows through a program; see `base.Backend`. With `alone` each row runs by itself in any layout."""
 
-    def __init__(self, runner: Runner, head: Head, plan: Plan, description: Description) -> None:
+    def __init__(
+        self, runner: Runner, head: Head, plan: Plan, description: Description, *, alone: bool = False
+    ) -> None:
         self._runner = runner
         self._head = head
         self._plan = plan
-        self.padded = plan.layout is Layout.PADDED
+        self._alone = alone or plan.layout is Layout.SINGLE
+        self.padded = plan.layout is Layout.PADDED and not alone
         self.description = description
 
     def forward(self, rows: Sequence[Row]) -> Sequence[Outputs]:
         """See `base.Backend`."""
-        made: list[Outputs] = [{}] * len(rows)
-        for indices in self._passes(rows):
-            outputs = self._forward([rows[index] for index in indices])
-            for index, output in zip(indices, outputs, strict=True):
-                made[index] = output
-        return made
+        return feeds.gathered(rows, self._passes(rows), self._forward)
 
     def close(self) -> None:
         """See `base.Backend`."""
@@ -86,10 +86,10 @@ class ProgramBackend:
         del self._runner
 
     def _passes(self, rows: Sequence[Row]) -> Iterator[Sequence[int]]:
-        if self._plan.layout is Layout.SINGLE:
+        if self._alone:
             return ([index] for index in range(len(rows)))
         if self._plan.layout is Layout.PADDED:
-            return iter([range(len(rows))])
+            return iter(feeds.alike(rows, self._plan.marker))
         return lanes.passes([row.cost for row in rows])
 
     def _forward(self, rows: Sequence[Row]) -> list[Outputs]:

@@ -54,6 +54,7 @@ class TorchBackend:
         self._head = head
         self._device = device
         self._pad_token_id = pad_token_id
+        self._marker = feeds.marker_of(model.config, head)
         self._precision = precision or str(model.dtype).removeprefix("torch.")
         self._backbone = Backbone(model)
         self._gradients: list[PathBackend | None] | None = None
@@ -65,6 +66,9 @@ class TorchBackend:
 
     def forward(self, rows: Sequence[Row]) -> Sequence[Outputs]:
         """See `base.Backend`."""
+        return feeds.gathered(rows, feeds.alike(rows, self._marker), self._in_passes)
+
+    def _in_passes(self, rows: Sequence[Row]) -> list[Outputs]:
         return [outputs for part in self._passes(rows) for outputs in self._forward(part)]
 
     def compile(self, backend: str, mode: str | None, rows: Sequence[Row]) -> None:

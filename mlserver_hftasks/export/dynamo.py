@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from transformers.exporters import DynamoConfig, DynamoExporter
 
 from mlserver_hftasks.errors import InvalidSettings
@@ -16,9 +17,17 @@ OPTIONS: Mapping[str, Any] = {"cpp.dynamic_threads": True}
 
 
 def write(job: Export) -> str:
-    """Write the program and its weights; the name of its file."""
+    """Write the program and its weights; the name of its file.
+
+    Raises `ValueError` if it would not open, `InvalidSettings` if there is nothing to compile it with.
+    """
+    if job.order.compiled:
+        _check_compiler()
     config = DynamoConfig(dynamic=True, dynamic_shapes=job.sizes)
     program, _ = DynamoExporter().export_program(job.model, job.inputs, config)
+    if any(free_unbacked_symbols(node.meta.get("val")) for node in program.graph.nodes):
+        # It would be written, and could not be read.
+        raise ValueError("the size of a tensor inside depends on the values of others")
     if job.order.compiled:
         _compile(program, job)
     else:
@@ -26,9 +35,7 @@ def write(job: Export) -> str:
     return FILE
 
 
-def _compile(program: Any, job: Export) -> None:
-    """Write machine code for this CPU, by AOTInductor. Raises `InvalidSettings` without a C++ compiler."""
-    from torch._inductor import aoti_compile_and_package
+def _check_compiler() -> None:
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
@@ -39,5 +46,11 @@ def _compile(program: Any, job: Export) -> None:
             "there is no C++ compiler, expected one such as g++ where a program is compiled (where it is "
             "served there need be none), or no such key @ parameters.extra.compile"
         ) from None
+
+
+def _compile(program: Any, job: Export) -> None:
+    """Write machine code for this CPU, by AOTInductor."""
+    from torch._inductor import aoti_compile_and_package
+
     job.tell("compiling")
     aoti_compile_and_package(program, package_path=str(job.folder / FILE), inductor_configs=dict(OPTIONS))

@@ -5,12 +5,11 @@
 - `quantize_rows`: int8 products with one scale per token. A row's answer then does not depend on the other
   rows of its batch, as it does where one scale serves the whole tensor (ONNX Runtime's own dynamic
   quantization), and is nearer to that of float32.
-- `quantize_static`: the same with scales that were calibrated before: fewer passes over the activations.
+
+`static` has int8 with scales that were calibrated before.
 """
 
 from __future__ import annotations
-
-from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -47,7 +46,7 @@ class Editor:
         return self._constants[name]
 
     def add(
-        self, before: ir.Node, kind: str, *inputs: ir.Value, domain: str = "", **attributes: object
+        self, before: ir.Node, kind: str, *inputs: ir.Value | None, domain: str = "", **attributes: object
     ) -> ir.Value:
         """The output of a new node."""
         node = ir.node(kind, list(inputs), attributes=attributes, domain=domain)
@@ -109,50 +108,48 @@ def quantize_rows(model: ir.Model) -> int:
             within = edit.add(node, "QuantizeLinear", edit.add(node, "Div", data, largest), step, zero)
             made[data] = within, largest
         within, largest = made[data]
-        product = _product(edit, node, within, step, zero, bias=None)
+        product = int8_product(edit, node, weight_of(node), within, step, zero)
         product = edit.add(node, "Mul", product, largest)
-        edit.replace(node, _with_bias(edit, node, product))
+        edit.replace(node, with_bias(edit, node, product))
     RemoveUnusedNodesPass()(model)
     return len(nodes)
 
 
-def quantize_static(model: ir.Model, largest: Mapping[str, float]) -> int:
-    """Products in int8 with one scale per tensor; `largest` magnitude of each product's input by name."""
-    edit = Editor(model)
-    zero = edit.constant("hftasks_zero", np.array(ZERO_POINT, np.uint8))
-    nodes, made = products(model), {}
-    for node in nodes:
-        data = node.inputs[0]
-        name = f"{data.name}_step"
-        step = edit.constant(name, np.array(max(largest[str(data.name)], TINY) / STEPS, np.float32))
-        if data not in made:
-            made[data] = edit.add(node, "QuantizeLinear", data, step, zero)
-        bias = node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
-        edit.replace(node, _product(edit, node, made[data], step, zero, bias))
-    RemoveUnusedNodesPass()(model)
-    return len(nodes)
-
-
-def _product(
-    edit: Editor, node: ir.Node, data: ir.Value, step: ir.Value, zero: ir.Value, bias: ir.Value | None
+def int8_product(
+    edit: Editor,
+    node: ir.Node,
+    weight: npt.NDArray[np.float32],
+    data: ir.Value,
+    step: ir.Value,
+    zero: ir.Value,
+    correction: npt.NDArray[np.float32] | None = None,
 ) -> ir.Value:
-    weight = _weight(node)
-    assert weight is not None
+    """`data` in uint8 times the weight, which is stored in int8 with a scale per column; without the bias.
+
+    `correction`, [columns], is added.
+    """
     steps = (np.maximum(np.abs(weight).max(0), TINY) / STEPS).astype(np.float32)
     whole = np.rint(weight / steps).astype(np.int8)
     name = node.inputs[1].name
     quantized = edit.constant(f"{name}_int8", whole), edit.constant(f"{name}_steps", steps)
-    inputs = [data, quantized[0], step, quantized[1], zero]
-    if bias is not None:
-        none = edit.constant(f"{name}_zeros", np.zeros(steps.shape, np.int8))
-        inputs += [none, bias]
+    inputs: list[ir.Value | None] = [data, quantized[0], step, quantized[1], zero]
+    if correction is not None:
+        inputs += [None, edit.constant(f"{name}_correction", correction)]
     return edit.add(node, "MatMulIntegerToFloat", *inputs, domain=CONTRIB)
 
 
-def _with_bias(edit: Editor, node: ir.Node, product: ir.Value) -> ir.Value:
+def with_bias(edit: Editor, node: ir.Node, product: ir.Value) -> ir.Value:
+    """The product and the bias that a `Gemm` has."""
     if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
         return edit.add(node, "Add", product, node.inputs[2])
     return product
+
+
+def weight_of(node: ir.Node) -> npt.NDArray[np.float32]:
+    """The weight [in, out] of one of `products`."""
+    weight = _weight(node)
+    assert weight is not None
+    return weight
 
 
 def _weight(node: ir.Node) -> npt.NDArray[np.float32] | None:

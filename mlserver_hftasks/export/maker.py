@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from mlserver_hftasks.backends import lanes, probe
 from mlserver_hftasks.backends.base import Description, Head, Level
+from mlserver_hftasks.backends.feeds import marker_of
 from mlserver_hftasks.backends.packing import first_position
 from mlserver_hftasks.backends.program import Layout, Plan, ProgramBackend, Reads
 from mlserver_hftasks.backends.torch import TorchBackend
@@ -90,7 +91,9 @@ class Maker:
         reads = selected or ([Reads.FIRST, Reads.ALL] if sequences else [Reads.ALL])
         candidates = [Plan(Layout.LANES, self._pad, each, padding_idx) for each in reads]
         others = (selected or [Reads.ALL])[0]
-        candidates += [Plan(layout, self._pad, others) for layout in (Layout.PADDED, Layout.SINGLE)]
+        marker = marker_of(self._model.config, self._head)
+        padded = (Layout.PADDED, Layout.SINGLE)
+        candidates += [Plan(layout, self._pad, others, marker=marker) for layout in padded]
         for plan in candidates:
             reason = self._objection(plan, fused)
             if reason is None:

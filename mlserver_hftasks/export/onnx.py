@@ -6,11 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers.exporters import OnnxConfig, OnnxExporter
 
 from mlserver_hftasks.backends.program import Feed, Layout, ProgramBackend, Reads
-from mlserver_hftasks.export import graph
+from mlserver_hftasks.export import graph, static
 from mlserver_hftasks.export.early import read_early
 from mlserver_hftasks.export.job import Export
 
@@ -47,28 +46,27 @@ def _quantize(program: Any, job: Export) -> None:
     rows = job.calibration
     batches = (rows[start : start + BATCH] for start in range(0, len(rows), BATCH))
     feeds = (ProgramBackend.feed_of(job.plan, batch) for batch in batches)
-    graph.quantize_static(program, largest_inputs(program, feeds, job.folder))
+    static.quantize(program, observe(program, feeds, job.folder))
 
 
-def largest_inputs(program: Any, feeds: Iterable[Feed], folder: Path) -> dict[str, float]:
-    """The largest magnitude, over the feeds, of the inputs of the products that `graph` quantizes."""
+def observe(program: Any, feeds: Iterable[Feed], folder: Path) -> dict[str, static.Observed]:
+    """The inputs of the products that `graph` quantizes, by name, over the feeds."""
     import onnxruntime
 
-    names = sorted({str(node.inputs[0].name) for node in graph.products(program)})
     values = {str(node.inputs[0].name): node.inputs[0] for node in graph.products(program)}
+    seen = {name: static.Observed.nothing() for name in values}
     count = len(program.graph.outputs)
-    program.graph.outputs.extend(values[name] for name in names if not values[name].is_graph_output())
+    program.graph.outputs.extend(value for value in values.values() if not value.is_graph_output())
     try:
         OnnxExporter.save_program(program, folder / "calibration.onnx")
         session = onnxruntime.InferenceSession(
             folder / "calibration.onnx", providers=["CPUExecutionProvider"]
         )
-        largest = dict.fromkeys(names, 0.0)
         for feed in feeds:
             inputs = {each.name: feed[each.name] for each in session.get_inputs()}
-            for name, array in zip(names, session.run(names, inputs), strict=True):
-                largest[name] = max(largest[name], float(np.abs(array).max()))
-        return largest
+            for name, array in zip(seen, session.run(list(seen), inputs), strict=True):
+                seen[name].add(array.reshape(-1, array.shape[-1]))
+        return seen
     finally:
         del program.graph.outputs[count:]
         for path in folder.glob("calibration.onnx*"):

@@ -32,6 +32,7 @@ NARROW: list[tuple[str, tiny.HeadName, str]] = [
     ("deberta-v2", "token", "onnx"),
     ("bert", "base", "openvino"),
     ("distilbert", "qa", "export"),
+    ("bart", "sequence", "export"),
 ]
 BACKENDS = ("onnx", "openvino", "export")
 WIDE: list[tuple[str, tiny.HeadName, str]] = [
@@ -65,8 +66,15 @@ def differences(got: Any, want: Any) -> list[float]:
     ]
 
 
+REFUSED = {("bart", "sequence", "export"): "cannot be exported to export .*depends on the values of others"}
+
+
 @pytest.mark.parametrize(("architecture", "head", "backend"), MATRIX)
 def test_a_program_gives_what_the_model_gives(architecture: str, head: tiny.HeadName, backend: str) -> None:
+    if reason := REFUSED.get((architecture, head, backend)):
+        with pytest.raises(InvalidSettings, match=reason):
+            exported.folder(architecture, head, backend)
+        return
     torch = serve(tiny.folder(architecture, head), TASKS[head], packing="off")
     program = serve(exported.folder(architecture, head, backend), TASKS[head])
     assert program.backend.description.backend == backend
@@ -133,15 +141,19 @@ def test_another_head_is_refused(sentiment: Path) -> None:
         serve(sentiment, "token-classification")
 
 
-def test_int8_answers_do_not_hang_on_the_neighbours() -> None:
-    """One scale per token: what the rest of the batch holds moves nothing but last digits."""
-    served = serve(exported.folder("bert", "sequence", "onnx", "int8"), TASKS["sequence"])
-    assert served.backend.description.dtype == "int8"
-    alone = answer(served, {"inputs": list(TEXTS)}, together=False)
-    together = answer(served, {"inputs": list(TEXTS)})
-    assert np.median(differences(together, alone)) < TOLERANCE
-    loud = answer(served, {"inputs": [*TEXTS, "x" * 120, "🎉 " * 40]})[: len(TEXTS)]
-    assert np.median(differences(loud, alone)) < TOLERANCE
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_answers_in_lanes_do_not_hang_on_the_neighbours(quantization: str) -> None:
+    """Scales per token, and rows that lie where sums are the same: equal to the last bit.
+
+    A last digit would not do: where it tips one rounding to int8, the logits move by a hundredth and more.
+    """
+    served = serve(exported.folder("bert", "sequence", "onnx", quantization), TASKS["sequence"])
+    assert served.backend.description.packing == "lanes"
+    texts = [*TEXTS, *(text[:n] for n, text in enumerate(TEXTS * 2, start=9))]
+    alone = answer(served, {"inputs": texts}, together=False)
+    assert max(differences(answer(served, {"inputs": texts}), alone)) == 0
+    loud = answer(served, {"inputs": [*texts, "x" * 120, "🎉 " * 40]})[: len(texts)]
+    assert max(differences(loud, alone)) == 0
 
 
 def test_int8_is_near_the_model() -> None:

@@ -101,6 +101,19 @@ def assert_close(got: Sequence[Outputs], wanted: Sequence[Outputs], tolerance: f
             np.testing.assert_allclose(of_got[name], array, rtol=0, atol=tolerance * scale)
 
 
+@pytest.mark.parametrize("architecture", ["bart"])
+def test_a_classifier_that_reads_at_a_token_may_meet_it_anywhere(architecture: str) -> None:
+    """BART's head reads at the end-of-text token, and takes a batch to have as many of it in each row.
+
+    A client who writes the token must neither fail a neighbour nor get a neighbour's answer.
+    """
+    rows = rows_of(architecture, (9, 12, 15, 10, 14), padding_inside=False)
+    for row, places in zip(rows, ((), (3,), (2, 5), (4,), (1,)), strict=True):
+        row.arrays["input_ids"][list(places)] = tiny.tokenizer_of(architecture).eos_token_id
+    served = backend(architecture, "sequence")
+    assert_close(served.forward(rows), [served.forward([row])[0] for row in rows])
+
+
 # -- every architecture with every head ----------------------------------------------------------
 
 

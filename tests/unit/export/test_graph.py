@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from mlserver_hftasks.export import graph
+from mlserver_hftasks.export import graph, static
 from mlserver_hftasks.export.early import read_early
 
 HIDDEN, INNER, LABELS = 16, 48, 3
@@ -112,13 +112,57 @@ def test_a_row_of_zeros_stays_finite() -> None:
     assert np.isfinite(run(program, np.zeros_like(STATES))).all()
 
 
-def test_calibrated_scales() -> None:
+def seen(name: str, states: Any) -> static.Observed:
+    """What calibration on some states sees of the input of a product."""
+    made = static.Observed.nothing()
+    made.add(states[0] if name == "states" else np.tanh(states[0] @ WEIGHTS["up"] + WEIGHTS["bias"]))
+    return made
+
+
+def calibrated(states: Any) -> tuple[ir.Model, int]:
     program = model()
-    largest = {"states": float(np.abs(STATES).max()), "c": 1.0}
-    assert graph.quantize_static(program, largest) == 2
+    return program, static.quantize(program, {name: seen(name, states) for name in ("states", "c")})
+
+
+def test_calibrated_scales() -> None:
+    program, count = calibrated(STATES)
+    assert count == 2 and kinds(program).count("MatMulIntegerToFloat") == 2
     assert "ReduceMax" not in kinds(program)
     difference = np.abs(run(program) - WANTED).max()
     assert 0 < difference < 0.1 * np.abs(WANTED).max()
+
+
+def test_a_loud_column_does_not_cost_the_others_their_digits() -> None:
+    """One scale for all of it would leave three levels to the other columns."""
+    loud = STATES.copy()
+    loud[..., 3] *= 40
+    program, count = calibrated(loud)
+    wanted = run(model(), loud)
+    assert count == 2
+    assert np.abs(run(program, loud) - wanted).max() < 0.1 * np.abs(wanted).max()
+
+
+def test_a_product_that_no_calibrated_scale_fits_gets_scales_per_token() -> None:
+    """Tokens of very different size in all columns alike."""
+    uneven = STATES * np.array([1, 1, 1, 300, 1, 1, 1], np.float32)[:, None]
+    program, count = calibrated(uneven)
+    assert count == 1 and kinds(program).count("ReduceMax") == 1
+    assert kinds(program).count("MatMulIntegerToFloat") == 2
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 3.0), (-2.0, 0.0), (-0.2, 9.0), (0.0, 0.0)])
+def test_the_codes_of_a_range(low: float, high: float) -> None:
+    """Both ends have codes, and zero one that stands for it exactly."""
+    weight = np.ones((1, 1), np.float32)
+    of_column = (np.array([each], np.float32) for each in (low, high))
+    scale = static.Scale.of(static.Observed(*of_column), weight, 1.0)
+    assert 0 <= scale.zero <= static.LEVELS
+    for end in (low, high):
+        code = round(end / float(scale.factors[0]) / scale.step) + scale.zero
+        assert 0 <= code <= static.LEVELS
+        assert (code - scale.zero) * scale.step * float(scale.factors[0]) == pytest.approx(
+            end, abs=high / 250
+        )
 
 
 @pytest.mark.parametrize("quantized", [False, True])
