@@ -15,7 +15,8 @@ from mlserver_hftasks.backends import probe
 from mlserver_hftasks.backends.program import ProgramBackend
 from mlserver_hftasks.engine.rows import Row
 from mlserver_hftasks.errors import InvalidSettings
-from mlserver_hftasks.export.maker import Made, Maker, Order
+from mlserver_hftasks.export.job import Order
+from mlserver_hftasks.export.maker import Made, Maker
 from mlserver_hftasks.loading import light
 from mlserver_hftasks.loading.facts import max_tokens_of, pad_token_id_of
 from mlserver_hftasks.loading.manifest import Manifest, Program, versions
