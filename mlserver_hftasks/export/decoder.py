@@ -8,29 +8,26 @@ for the sequences that decode and one for the piece. It reads and extends a cach
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.exporters import OnnxConfig, OnnxExporter
 
+from mlserver_hftasks.errors import InvalidSettings
+from mlserver_hftasks.export import graph
+from mlserver_hftasks.export.maker import quiet_exporters, reason_of
+from mlserver_hftasks.export.onnx import FILE
 from mlserver_hftasks.generation import ports
+from mlserver_hftasks.generation.slabs import CacheShape
 
 ATTENTION_NAME = "hftasks_program_cache"
 OPERATOR = "com.microsoft::GroupQueryAttention"
 SAMPLE = {"decoding": 3, "piece": 5, "reads": 2, "capacity": 16}
 """Sizes of the inputs that are traced; none is 1, which would be taken for a constant."""
-
-
-@dataclass(frozen=True, slots=True)
-class CacheShape:
-    """Of the keys, and of the values, of one token."""
-
-    layers: int
-    heads: int
-    width: int
 
 
 class Step:
@@ -142,29 +139,82 @@ def sample(shape: CacheShape) -> dict[str, torch.Tensor]:
 @contextmanager
 def stepping(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """The model, for a while with a `forward` from a program's inputs to its outputs."""
-    if not model._supports_attention_backend:
+    backbone, attention = model.base_model, model.config._attn_implementation
+    if not model._supports_attention_backend or backbone is model:
         raise TypeError("its attention is not behind AttentionInterface")
-    whole, attention = model.forward, model.config._attn_implementation
+    whole, body = model.forward, backbone.forward
+    reads: list[torch.Tensor] = []
+
+    def read_only(*args: Any, **kwargs: Any) -> Any:
+        outputs = body(*args, **kwargs)
+        outputs.last_hidden_state = outputs.last_hidden_state.index_select(1, reads[0])
+        return outputs
 
     def forward(**inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        reads[:] = [inputs[ports.READS]]
         step = Step(inputs)
-        piece, last = inputs[ports.PIECE_IDS], inputs[ports.PIECE_LAST].long()
-        before = last + 1 - piece.shape[0]
-        positions = (inputs[ports.DECODE_LAST].long(), torch.arange(piece.shape[0]) + before)
+        ids, positions = _laid_out(inputs)
         outputs = whole(
-            input_ids=torch.cat((inputs[ports.DECODE_IDS], piece))[None],
-            position_ids=torch.cat(positions)[None],
-            attention_mask=None,
-            use_cache=False,
-            logits_to_keep=inputs[ports.READS],
-            step=step,
+            input_ids=ids[None], position_ids=positions[None], attention_mask=None, use_cache=False, step=step
         )
         return {ports.LOGITS: outputs.logits[0], **step.extended}
 
     model.set_attn_implementation(ATTENTION_NAME)
-    model.forward = forward  # type: ignore[method-assign]
+    backbone.forward, model.forward = read_only, forward
     try:
         yield model
     finally:
-        del model.forward
+        del backbone.forward, model.forward
         model.set_attn_implementation(attention)
+
+
+def _laid_out(inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens of a step and their positions, [T] each."""
+    piece = inputs[ports.PIECE_IDS]
+    before = inputs[ports.PIECE_LAST].long() + 1 - piece.shape[0]
+    positions = (inputs[ports.DECODE_LAST].long(), torch.arange(piece.shape[0]) + before)
+    return torch.cat((inputs[ports.DECODE_IDS], piece)), torch.cat(positions)
+
+
+def write_decoder(
+    model: PreTrainedModel, folder: Path, quantization: str, tell: Callable[[str], None]
+) -> str:
+    """Write the program and its weights; the name of its file.
+
+    Raises `InvalidSettings`, with the reason, for a model that cannot be exported.
+    """
+    tell("exporting to onnx, in steps")
+    try:
+        with stepping(model.eval().requires_grad_(False)) as traced, quiet_exporters():
+            program = _traced(traced)
+    except Exception as error:  # whatever an exporter makes of an architecture it does not know
+        raise InvalidSettings(
+            f"{type(model).__name__} cannot be exported to onnx ({reason_of(error)}), expected a decoder whose "
+            'attention is plain, or the backend "torch" @ parameters.extra.backend'
+        ) from None
+    if quantization != "none":
+        tell(f"quantizing to {quantization}")
+        program = QUANTIZERS[quantization](program)
+    OnnxExporter.save_program(program, folder / FILE)
+    return FILE
+
+
+def _traced(model: PreTrainedModel) -> Any:
+    inputs = sample(cache_shape(model))
+    sizes = {
+        name: {axis: torch.export.Dim.AUTO for axis in (0, 2)[: tensor.dim()] if tensor.shape[axis] > 1}
+        for name, tensor in inputs.items()
+    }
+    config = OnnxConfig(dynamic=True, dynamic_shapes=sizes, ort_fusions="cpu")
+    program, _ = OnnxExporter().export_program(model, inputs, config)
+    graph.split_skip_norms(program)
+    return program
+
+
+def _in_int8(program: Any) -> Any:
+    graph.quantize_rows(program)
+    return program
+
+
+QUANTIZERS: dict[str, Callable[[Any], Any]] = {"int8": _in_int8}
+"""By the name of the setting."""

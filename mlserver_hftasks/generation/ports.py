@@ -14,6 +14,8 @@ from __future__ import annotations
 DECODE_IDS, DECODE_LAST = "decode_ids", "decode_last"
 PIECE_IDS, PIECE_LAST = "piece_ids", "piece_last"
 READS, LOGITS = "reads", "logits"
+TOKENS = (DECODE_IDS, DECODE_LAST, PIECE_IDS, PIECE_LAST, READS)
+"""What says which tokens a step takes."""
 DECODING, PIECE = "decode", "piece"
 """Whose rows of the cache."""
 

@@ -52,6 +52,10 @@ def make_program(
     tokenizer = source.tokenizer()
     model = source.model(kind.head, config, torch.device("cpu"))
     encoder = Encoder(tokenizer, max_tokens_of(None, tokenizer, model))
+    if kind.head.generates:
+        from mlserver_hftasks.loading.making_decoder import make_decoder
+
+        return make_decoder(settings, order, out, source, kind, model, encoder, tell)
     maker = Maker(model, kind.head, probe_rows(encoder), pad_token_id_of(tokenizer, model), tell)
     made = maker.make(order, out, _calibration_rows(encoder, calibration, order))
     tokenizer.save_pretrained(out)

@@ -25,6 +25,7 @@ from mlserver_hftasks.loading.facts import limited
 from mlserver_hftasks.loading.manifest import Manifest, Program, candidates, find_program, versions
 from mlserver_hftasks.loading.runners import check_head, open_runner
 from mlserver_hftasks.loading.served import Served, model_facts, probe_rows, task_of
+from mlserver_hftasks.loading.stepping import load_stepping
 from mlserver_hftasks.settings import Settings
 from mlserver_hftasks.tasks.encoder import Encoder
 from mlserver_hftasks.tasks.registry import canonical_name, task_class
@@ -72,6 +73,9 @@ def load_program(settings: Settings, program: Program) -> Served:
     config = light.read_config(program.folder)
     encoder = Encoder(_tokenizer(settings, program), manifest.max_tokens)
     encoder.max_tokens = limited(settings.max_length, encoder.tokenizer, manifest.max_tokens)
+    if manifest.plan.layout is Layout.STEPS:
+        generation_config = light.read_generation_config(program.folder)
+        return load_stepping(settings, program, kind, config, generation_config, encoder)
     task = kind(model_facts(settings, config, encoder, program.folder))
     return Served(task, _backend(settings, program, kind.head, manifest.plan, encoder, config))
 
