@@ -156,8 +156,10 @@ def _reads(run: Pass, chunks: Sequence[Chunk], rows: Rows) -> list[int]:
 
 
 def cache_shape_of(session: Any) -> CacheShape:
-    """Of the cache that the program extends."""
+    """Of the cache that the program extends. Raises ValueError, with the reason, for another program."""
     shapes = {each.name: each.shape for each in session.get_inputs()}
+    if missing := sorted({*ports.TOKENS, *ports.cache_names(ports.DECODING, 0)} - set(shapes)):
+        raise ValueError(f"has no {missing[0]}")
     layers = 0
     while ports.cache_names(ports.DECODING, layers)[0] in shapes:
         layers += 1

@@ -62,6 +62,10 @@ class _Config(SimpleNamespace):
         if name.startswith("__"):
             raise AttributeError(name)
 
+    def get_text_config(self) -> Any:
+        """Of a model that knows nothing but text, its own."""
+        return self
+
 
 def facts_of(tokenizer: Any, folder: Path) -> dict[str, Any] | None:
     """What `LightTokenizer` must know of a tokenizer that was saved in the folder.

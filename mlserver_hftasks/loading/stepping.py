@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 from typing import Any
 
 from mlserver_hftasks.backends.base import Description
-from mlserver_hftasks.backends.onnx import CPU, open_session
+from mlserver_hftasks.backends.onnx import CPU, check_options, open_session
 from mlserver_hftasks.backends.probe import window_of
 from mlserver_hftasks.engine.rows import FloatArray, IntArray
 from mlserver_hftasks.errors import InvalidSettings
-from mlserver_hftasks.generation import ports, probe
+from mlserver_hftasks.generation import past, probe
+from mlserver_hftasks.generation.past import PastDecoder
 from mlserver_hftasks.generation.program import ProgramDecoder, cache_shape_of
+from mlserver_hftasks.generation.slabs import CacheShape
 from mlserver_hftasks.generation.whole import NoWholeAnswers
 from mlserver_hftasks.loading import cache_room
 from mlserver_hftasks.loading.manifest import Program
@@ -41,14 +44,12 @@ def load_stepping(
     """The task over a decoder. Raises `InvalidSettings` for what does not go together."""
     dtype = check_stepping(settings, program)
     session = open_session(program.path, settings.intra_op_threads, CPU, settings.provider_options)
-    check_ports(session, program)
+    check_options(CPU, settings.provider_options)
+    shape = _cache_shape(session, program)
     cache_tokens = settings.kv_cache_tokens or cache_room.usual_tokens(
-        cache_room.SHARE_OF_MEMORY * cache_room.free_ram(), cache_shape_of(session).bytes, encoder.max_tokens
+        cache_room.SHARE_OF_MEMORY * cache_room.free_ram(), shape.bytes, encoder.max_tokens
     )
-    decoder = ProgramDecoder(
-        session, cache_tokens=cache_tokens, description=Description("onnx", "cpu", dtype, "continuous")
-    )
-    _check_answers(decoder, config, dtype, program)
+    decoder = _decoder(session, program, config, cache_tokens, dtype)
     facts = model_facts(
         settings,
         config,
@@ -61,31 +62,65 @@ def load_stepping(
     return Served(kind(facts), NoWholeAnswers(decoder.description), decoder)
 
 
-def check_ports(session: Any, program: Program) -> None:
-    """Raises `InvalidSettings` for a program that is no decoder of ours."""
-    there = {each.name for each in (*session.get_inputs(), *session.get_outputs())}
-    if missing := sorted({*ports.TOKENS, *ports.cache_names(ports.DECODING, 0), ports.LOGITS} - there):
-        raise InvalidSettings(
-            f"'{program.path.name}' has no {missing[0]}, expected a decoder that `hftasks prepare` wrote "
-            "@ parameters.extra.pretrained_model"
-        )
-
-
-def _check_answers(decoder: ProgramDecoder, config: Any, dtype: str, program: Program) -> None:
-    """Each sequence gets what it gets alone, and its neighbours do not matter; else `InvalidSettings`."""
+def _decoder(
+    session: Any, program: Program, config: Any, cache_tokens: int, dtype: str
+) -> ProgramDecoder | PastDecoder:
+    """What runs the program, after it was tried. Raises `InvalidSettings`."""
+    texts = probe.texts_for(int(config.vocab_size), window_of(config), cache_tokens)
     try:
-        texts = probe.texts_for(decoder.vocabulary, window_of(config), decoder.cache_tokens)
-        alone = alone_in(decoder, texts)
-        reason = probe.objection(decoder.logits, texts, alone, ROOM.get(dtype, TOLERANCE))
+        if program.manifest is not None:
+            how = Description("onnx", "cpu", dtype, "continuous")
+            decoder = ProgramDecoder(session, cache_tokens=cache_tokens, description=how)
+            reason = _objection(decoder, texts, dtype)
+        else:
+            return _past_decoder(session, program, texts, cache_tokens, dtype)
     except Exception as error:  # whatever a runtime makes of a program
-        reason = f"it fails: {' '.join(str(error).split()):.300}"
-    if reason is not None:
+        reason = f"it fails on a text: {' '.join(str(error).split()):.300}"
+    if reason is None:
+        return decoder
+    raise InvalidSettings(
+        f"'{program.path.name}' does not answer alike in every company ({reason}), expected a program that "
+        'does, or the backend "torch" @ parameters.extra.backend'
+    )
+
+
+def _past_decoder(
+    session: Any, program: Program, texts: Sequence[IntArray], cache_tokens: int, dtype: str
+) -> PastDecoder:
+    """Batched, if sequences get their own answers so; one by one otherwise. Raises what the program raises."""
+    made = functools.partial(PastDecoder, session, cache_tokens=cache_tokens)
+    batched = made(description=Description("onnx", "cpu", dtype, "padded"))
+    single = made(description=Description("onnx", "cpu", dtype, "single"), batched=False)
+    alone_in(single, texts[:1])
+    try:
+        reason = _objection(batched, texts, dtype)
+    except Exception as error:  # it may have been exported for a batch of one
+        reason = " ".join(str(error).split())
+    if reason is None:
+        return batched
+    logger.warning("%s cannot be batched (%.200s): its sequences take turns", program.path.name, reason)
+    return single
+
+
+def _cache_shape(session: Any, program: Program) -> CacheShape:
+    """Raises `InvalidSettings` for a program that is no decoder."""
+    try:
+        if program.manifest is None:
+            return past.cache_shape_of(session)
+        return cache_shape_of(session)
+    except (KeyError, ValueError) as error:
         raise InvalidSettings(
-            f"'{program.path.name}' does not answer alike in every company ({reason}), expected a program "
-            'that does, or the backend "torch" @ parameters.extra.backend'
-        )
+            f"'{program.path.name}' {error}, expected a decoder that was exported with its cache "
+            "(text-generation-with-past), or the backend \"torch\" @ parameters.extra.file_name"
+        ) from None
 
 
-def alone_in(decoder: ProgramDecoder, texts: Sequence[IntArray]) -> list[FloatArray]:
+def _objection(decoder: ProgramDecoder | PastDecoder, texts: Sequence[IntArray], dtype: str) -> str | None:
+    """Whether each sequence gets what it gets alone, and its neighbours do not matter."""
+    alone = alone_in(decoder, texts)
+    return probe.objection(decoder.logits, texts, alone, ROOM.get(dtype, TOLERANCE))
+
+
+def alone_in(decoder: ProgramDecoder | PastDecoder, texts: Sequence[IntArray]) -> list[FloatArray]:
     """What the decoder says of each text by itself, its prompt in one piece; see `probe.objection`."""
     return [probe.logits_in_steps(decoder.logits, [text], piece=len(text))[0] for text in texts]
