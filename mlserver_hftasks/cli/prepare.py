@@ -25,7 +25,7 @@ from mlserver_hftasks.loading.cache import new_folder
 from mlserver_hftasks.loading.manifest import WEIGHTS
 from mlserver_hftasks.loading.source import Source
 from mlserver_hftasks.runtime.folder import FILE, IMPLEMENTATIONS
-from mlserver_hftasks.settings import Settings, read_settings
+from mlserver_hftasks.settings import Quantization, Settings, read_settings
 from mlserver_hftasks.tasks.registry import canonical_name
 
 HELP = """
@@ -52,7 +52,6 @@ LOADING, WRITING, READING, COMPARING, TIMING = STEPS = (
 """Each moves the bar on; what a backend tells in between is only shown."""
 
 Backend = Literal["torch", "onnx", "openvino", "export"]
-Quantization = Literal["none", "int8", "int8-static"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Advance = Callable[[str], None]
 

@@ -19,6 +19,10 @@ from mlserver_hftasks.loading.cache_room import free_ram
 
 logger = logging.getLogger("mlserver.hftasks")
 
+ROOM = {**TOLERANCES, "int8-weight-only": 1e-3, "int4-weight-only": TOLERANCES["bfloat16"]}
+"""What it may differ by, relative to the largest logit. Inputs of weights have 16 bits in the one, and are
+bfloat16 in the other."""
+
 
 def cache_tokens_of(
     setting: int | None, config: PretrainedConfig, dtype: torch.dtype, device: torch.device, max_tokens: int
@@ -37,11 +41,18 @@ def bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
     return int(2 * text.num_hidden_layers * heads * head_dim * dtype.itemsize)
 
 
-def decoder_of(model: PreTrainedModel, device: torch.device, cache_tokens: int) -> TorchDecoder | None:
-    """The model behind the generating engine; None if it does not fit, which the log says."""
+def decoder_of(
+    model: PreTrainedModel, device: torch.device, cache_tokens: int, precision: str | None = None
+) -> TorchDecoder | None:
+    """The model behind the generating engine; None if it does not fit, which the log says.
+
+    `precision` is what the model computes in, where that is not its dtype.
+    """
     moved(model.eval().requires_grad_(False), device)
     try:
-        decoder = TorchDecoder(with_shared_weights(model), device=device, cache_tokens=cache_tokens)
+        decoder = TorchDecoder(
+            with_shared_weights(model), device=device, cache_tokens=cache_tokens, precision=precision
+        )
         reason = _objection(decoder, model)
     except Exception as error:  # whatever an architecture makes of attention that it was not made for
         reason = repr(error)
@@ -57,7 +68,8 @@ def decoder_of(model: PreTrainedModel, device: torch.device, cache_tokens: int) 
 
 def _objection(decoder: TorchDecoder, plain: PreTrainedModel) -> str | None:
     """Why the model cannot run in steps, or None. `plain` is the same model with its own attention."""
-    tolerance = TOLERANCES.get(str(plain.dtype).removeprefix("torch."), TOLERANCE)
+    precisions = decoder.description.dtype, str(plain.dtype).removeprefix("torch.")
+    tolerance = max(ROOM.get(precision, TOLERANCE) for precision in precisions)
     texts = probe_texts(plain, decoder.cache_tokens)
     alone = [new_token_logits(plain, text) for text in texts]
     return probe.objection(lambda chunks: decoder.logits(chunks).cpu().numpy(), texts, alone, tolerance)

@@ -93,7 +93,7 @@ def _order(settings: Settings) -> Order:
             f"{missing[0]} is not installed, expected it to export a model: "
             f"pip install 'mlserver-hftasks[{backend}]' {where}"
         )
-    quantization = settings.quantization or "none"
+    quantization: Any = settings.quantization or "none"
     if quantization != "none" and quantization not in QUANTIZES[backend]:
         raise InvalidSettings(
             f'got "{quantization}" with the backend "{backend}", expected '

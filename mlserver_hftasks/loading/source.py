@@ -154,7 +154,7 @@ def dtype_of(settings: Settings, device: torch.device, config: PretrainedConfig)
     if settings.dtype != "auto":
         dtype: torch.dtype = getattr(torch, settings.dtype)
         return dtype
-    if settings.quantization not in (None, "none"):
+    if settings.quantization in ("int8", "int8-static"):
         return torch.float32  # scales are found, and the rest is computed, in float32
     stored = getattr(config, "dtype", None) or torch.float32
     # float16 arithmetic on a CPU is emulated, and slower than float32.
