@@ -16,9 +16,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from mlserver_hftasks.cli.edge import console, one_line, quiet
 from mlserver_hftasks.cli.report import Report, Side
-from mlserver_hftasks.cli.texts import Item, own_items, read_items, rows_of, texts_of
-from mlserver_hftasks.cli.trial import Difference, Speed, Trial, difference, speeds
-from mlserver_hftasks.engine.rows import Row
+from mlserver_hftasks.cli.texts import Item, own_items, read_items, texts_of
+from mlserver_hftasks.cli.trial import Difference, Speed, Tried, difference, speeds, tried
 from mlserver_hftasks.errors import InvalidSettings
 from mlserver_hftasks.loading import load, memory
 from mlserver_hftasks.loading.cache import new_folder
@@ -128,7 +127,7 @@ def prepare(wanted: Wanted, out: Path, advance: Advance = lambda step: None) -> 
     with new_folder(out.resolve()) as folder:
         advance(LOADING)
         before, loaded_before = _tried(wanted.reference)
-        rows = rows_of(before.served.task, wanted.items)
+        rows = before.rows(wanted.items)
         expected = before.outputs(rows)
         advance(WRITING)
         _write_model(wanted, folder, advance)
@@ -150,14 +149,14 @@ def prepare(wanted: Wanted, out: Path, advance: Advance = lambda step: None) -> 
     return report
 
 
-def _tried(settings: Settings) -> tuple[Trial, float]:
+def _tried(settings: Settings) -> tuple[Tried, float]:
     began = time.monotonic()
     served = load(settings)
     took = time.monotonic() - began
-    return Trial(served), took
+    return tried(served), took
 
 
-def _is_headless(trial: Trial) -> bool:
+def _is_headless(trial: Tried) -> bool:
     return trial.served.task.head.auto_class == "AutoModel"
 
 
@@ -185,15 +184,15 @@ def _write_settings(wanted: Wanted, folder: Path, name: str) -> None:
 def _report(
     wanted: Wanted,
     folder: Path,
-    rows: Sequence[Row],
-    trials: tuple[Trial, Trial],
+    rows: Sequence[Any],
+    trials: tuple[Tried, Tried],
     loaded_s: tuple[float, float],
     speed: Mapping[str, Speed],
     apart: Difference,
 ) -> Report:
     sizes = _weights_bytes(wanted.reference), _bytes(folder.rglob("*"))
     before, after = (
-        Side(trial.served.backend.description, seconds, size, speed[name])
+        Side(trial.served.description, seconds, size, speed[name])
         for trial, seconds, size, name in zip(trials, loaded_s, sizes, ("before", "after"), strict=True)
     )
     return Report(
@@ -201,6 +200,7 @@ def _report(
         source=wanted.settings.pretrained_model or "",
         quantization=wanted.settings.quantization or "none",
         rows=len(rows),
+        unit=trials[0].unit,
         before=before,
         after=after,
         difference=apart,
