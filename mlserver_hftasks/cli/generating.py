@@ -46,12 +46,14 @@ class GenerationTrial:
         for number, example in enumerate(examples, start=1):
             prompts = example.context.prompts
             if not prompts or len(prompts[0].tokens) > room:
-                raise InvalidSettings(f"text {number} is too long, or asks for more than steps, expected a prompt")
+                raise InvalidSettings(
+                    f"text {number} is too long, or asks for more than steps, expected a prompt"
+                )
             found.append(Prompt(prompts[0].tokens, NEW_TOKENS))
         return found
 
     def outputs(self, rows: Sequence[Prompt]) -> list[Outputs]:
-        """Of each prompt the logits after it, and its answer. Raises `InvalidSettings` if they are no numbers."""
+        """See `trial.Tried`: the logits after each prompt, and its answer."""
         answers = answers_of(self._decoder, rows, clients=CLIENTS)
         found: list[Outputs] = [
             {"logits": self._logits(row), ANSWER: np.array(answer)}

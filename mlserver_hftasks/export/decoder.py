@@ -67,7 +67,9 @@ class Step:
             shapes=[list(states[0].shape), *(list(cache.shape) for cache in caches)],
             version=1,
         )
-        self.extended.update({ports.extended(name): tensor for name, tensor in zip(names, extended, strict=True)})
+        self.extended.update(
+            {ports.extended(name): tensor for name, tensor in zip(names, extended, strict=True)}
+        )
         return output
 
 
@@ -189,8 +191,8 @@ def write_decoder(
             program = _traced(traced)
     except Exception as error:  # whatever an exporter makes of an architecture it does not know
         raise InvalidSettings(
-            f"{type(model).__name__} cannot be exported to onnx ({reason_of(error)}), expected a decoder whose "
-            'attention is plain, or the backend "torch" @ parameters.extra.backend'
+            f"{type(model).__name__} cannot be exported to onnx ({reason_of(error)}), expected a decoder "
+            'whose attention is plain, or the backend "torch" @ parameters.extra.backend'
         ) from None
     if quantization != "none":
         tell(f"quantizing to {quantization}")

@@ -1,14 +1,14 @@
-"""A decoder in Optimum's layout, run by ONNX Runtime: the cache goes in as `past_key_values`, and comes out longer.
+"""A decoder in Optimum's layout, run by ONNX Runtime: its cache goes in, and comes out longer.
 
-Inputs `input_ids` [n, S], `past_key_values.L.key` and `.value` [n, heads, past, d], and those of `attention_mask`,
-`position_ids`, `use_cache_branch` and `num_logits_to_keep` that the file has; outputs `logits` [n, S, vocabulary]
-and `present.L.key`, `present.L.value`. (Optimum's `text-generation-with-past`:
+Inputs `input_ids` [n, S], `past_key_values.L.key` and `.value` [n, heads, past, d], and those of
+`attention_mask`, `position_ids`, `use_cache_branch` and `num_logits_to_keep` that the file has; outputs
+`logits` [n, S, vocabulary], `present.L.key` and `present.L.value`. (Optimum's `text-generation-with-past`:
 https://huggingface.co/docs/optimum-onnx/onnx/usage_guides/export_a_model)
 
-Such a program copies its cache in every step, so programs of our own are faster. A prompt goes in whole and by
-itself. Sequences that decode share a batch, padded on the left, as long as nobody joins or leaves; else the
-batch is laid out anew. A file that does not give each sequence its own answer in such a batch is run with one
-sequence at a time.
+Such a program copies its cache in every step, so programs of our own are faster. A prompt goes in whole and
+by itself. Sequences that decode share a batch, padded on the left, as long as nobody joins or leaves; else
+the batch is laid out anew. A file that does not give each sequence its own answer in such a batch is run
+with one sequence at a time.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Batch:
 
 
 class PastDecoder:
-    """Steps through such a program; see `engine.sequences.Stepper`. `batched`: several sequences at a time."""
+    """Steps through such a program, several sequences at a time if `batched`; see `Stepper`."""
 
     def __init__(
         self, session: Any, *, cache_tokens: int, description: Description, batched: bool = True
@@ -87,7 +87,8 @@ class PastDecoder:
                 found.update(self._prompt(chunk))
         for group in [decoding] if self.batched and decoding else ([chunk] for chunk in decoding):
             found.update(self._decode(group))
-        return np.stack([found[id(chunk)] for chunk in chunks if chunk.chooses]) if found else np.empty((0, 0))
+        rows = [found[id(chunk)] for chunk in chunks if chunk.chooses]
+        return np.stack(rows) if rows else np.empty((0, 0), np.float32)
 
     def close(self) -> None:
         """Give the memory back; `step` must not be called again."""
@@ -162,8 +163,10 @@ class PastDecoder:
 
     def _cache_of(self, sequence: GeneratedSequence, tokens: int) -> Cache:
         """The newest batch that has the sequence has all of its tokens."""
-        batch = next(batch for batch in reversed(self._batches) if sequence in batch.sequences)
-        return batch.of(sequence, tokens)
+        for batch in reversed(self._batches):
+            if sequence in batch.sequences:
+                return batch.of(sequence, tokens)
+        raise LookupError("a sequence that left before its step")
 
     def _empty(self, name: str) -> Any:
         from onnxruntime import OrtValue

@@ -29,8 +29,8 @@ def objection(
 ) -> str | None:
     """Why a model cannot run in steps, or None if it can.
 
-    `alone` are the logits of the last `NEW_TOKENS` tokens of each text, [NEW_TOKENS, vocabulary], from a plain
-    pass. Raises whatever the model raises.
+    `alone` are the logits before each of the last `NEW_TOKENS` tokens of the texts, [NEW_TOKENS, vocabulary],
+    from a plain pass. Raises whatever the model raises.
     """
     stepped = logits_in_steps(logits, texts)
     for got, wanted in zip(stepped, alone, strict=True):
@@ -54,9 +54,7 @@ def texts_for(vocabulary: int, window: int | None, cache_tokens: int) -> list[In
     return [generator.integers(0, vocabulary, max(length, 1) + NEW_TOKENS) for length in lengths]
 
 
-def logits_in_steps(
-    logits: Logits, texts: Sequence[IntArray], *, piece: int = PIECE
-) -> list[FloatArray]:
+def logits_in_steps(logits: Logits, texts: Sequence[IntArray], *, piece: int = PIECE) -> list[FloatArray]:
     """Logits before each new token, [NEW_TOKENS, vocabulary] per text; each begins a step after the last."""
     job = GenerationJob(0.0, 0.0, None, False)
     sequences, extent = [], 0

@@ -165,4 +165,3 @@ def cache_shape_of(session: Any) -> CacheShape:
         layers += 1
     _, heads, _, width = shapes[ports.cache_names(ports.DECODING, 0)[0]]
     return CacheShape(layers, int(heads), int(width))
-

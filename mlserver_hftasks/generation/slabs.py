@@ -50,6 +50,8 @@ class Slab:
             (shape.layers, 2, rows + 1, shape.heads, capacity, shape.width), dtype=np.float32
         )
         self.occupants: list[GeneratedSequence | None] = [None] * rows
+        self._filled = [0] * rows
+        """Tokens of each row that were written, which may be more than the engine knows of yet."""
 
     @property
     def rows(self) -> int:
@@ -77,7 +79,12 @@ class Slab:
 
     def join(self, sequence: GeneratedSequence) -> None:
         """Give a free row to the sequence."""
-        self.occupants[self.occupants.index(None)] = sequence
+        row = self.occupants.index(None)
+        self.occupants[row], self._filled[row] = sequence, 0
+
+    def fills(self, chunk: Chunk) -> None:
+        """The chunk is about to be written."""
+        self._filled[self.row_of(chunk.sequence)] = chunk.position + chunk.count
 
     def release_done(self) -> None:
         """Free the rows of sequences that have left the engine."""
@@ -96,19 +103,23 @@ class Slab:
         """A slab of that size with the same sequences, which must fit, in its first rows."""
         made = Slab(self.shape, rows, capacity)
         for new, sequence in enumerate(self.sequences):
-            used, row = sequence.cached, self.row_of(sequence)
+            row = self.row_of(sequence)
+            used = self._filled[row]
             made.memory[:, :, new, :, :used] = self.memory[:, :, row, :, :used]
-            made.occupants[new] = sequence
+            made.occupants[new], made._filled[new] = sequence, used
         return made
 
     def _swap(self, one: int, other: int) -> None:
-        pair = [self.occupants[one], self.occupants[other]]
-        used = max(each.cached for each in pair if each is not None)
-        kept = self.memory[:, :, one, :, :used].copy() if pair[0] is not None else None
+        kept = None
+        if self.occupants[one] is not None:
+            kept = self.memory[:, :, one, :, : self._filled[one]].copy()
+        used = self._filled[other]
         self.memory[:, :, one, :, :used] = self.memory[:, :, other, :, :used]
         if kept is not None:
-            self.memory[:, :, other, :, :used] = kept
-        self.occupants[one], self.occupants[other] = pair[1], pair[0]
+            self.memory[:, :, other, :, : kept.shape[3]] = kept
+        people, filled = self.occupants, self._filled
+        people[one], people[other] = people[other], people[one]
+        filled[one], filled[other] = filled[other], filled[one]
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +141,7 @@ class SlabCache:
         self.slabs: list[Slab] = []
 
     def passes(self, chunks: Sequence[Chunk]) -> Iterator[Pass]:
-        """How a step goes through the model; to be run one after another, each before the next is asked for."""
+        """How a step goes through the model: each to be run before the next is asked for."""
         self._release()
         for chunk in chunks:
             if self._slab_of(chunk.sequence) is None:
@@ -154,6 +165,8 @@ class SlabCache:
         pieces = [index for index in mine if chunks[index].count > 1]
         ordered = slab.bring_forward([chunks[index].sequence for index in decoding.values()])
         indices = tuple(decoding[id(sequence)] for sequence in ordered)
+        for index in mine:
+            slab.fills(chunks[index])
         if indices or pieces:
             yield Pass(slab, indices, pieces[0] if pieces else None)
         for piece in pieces[1:]:
@@ -176,8 +189,8 @@ class SlabCache:
             if grown and self.area + grown > STRETCH * self.tokens:
                 continue
             if grown:
-                self.slabs[index] = slab = slab.resized(rows, capacity)
-            return slab.join(sequence)
+                self.slabs[index] = slab.resized(rows, capacity)
+            return self.slabs[index].join(sequence)
         fits = self.area + FEWEST_ROWS * _rounded(need) <= STRETCH * self.tokens
         self.slabs.append(Slab(self.shape, *((FEWEST_ROWS, _rounded(need)) if fits else (1, need))))
         self.slabs[-1].join(sequence)

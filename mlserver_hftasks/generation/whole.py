@@ -8,6 +8,7 @@ from mlserver_hftasks.backends.base import Description
 from mlserver_hftasks.engine.rows import Outputs, Row
 from mlserver_hftasks.errors import InvalidRequest
 
+
 class NoWholeAnswers:
     """The backend of rows beside a decoder that only steps; see `backends.base.Backend`."""
 

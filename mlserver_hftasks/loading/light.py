@@ -145,8 +145,10 @@ class LightTokenizer:
         clean_up_tokenization_spaces: bool | None = None,
     ) -> str:
         """The text of some tokens."""
-        cleans_up = self._facts["cleans_up"] if clean_up_tokenization_spaces is None else (
-            clean_up_tokenization_spaces
+        cleans_up = (
+            self._facts["cleans_up"]
+            if clean_up_tokenization_spaces is None
+            else (clean_up_tokenization_spaces)
         )
         if cleans_up:
             return str(

@@ -30,7 +30,7 @@ from mlserver_hftasks.tasks.registry import canonical_name
 
 PROBE_CACHE_TOKENS = 8192
 MOST = {"none": 1e-3, "int8": 0.5}
-"""Largest relative difference of a program's logits from its model's; of quantized ones the report says more."""
+"""Largest relative difference of a program's logits from its model's."""
 
 
 def make_decoder(

@@ -87,7 +87,7 @@ def _decoder(
 def _past_decoder(
     session: Any, program: Program, texts: Sequence[IntArray], cache_tokens: int, dtype: str
 ) -> PastDecoder:
-    """Batched, if sequences get their own answers so; one by one otherwise. Raises what the program raises."""
+    """Batched, if sequences get their own answers so; else one by one. Raises what the program raises."""
     made = functools.partial(PastDecoder, session, cache_tokens=cache_tokens)
     batched = made(description=Description("onnx", "cpu", dtype, "padded"))
     single = made(description=Description("onnx", "cpu", dtype, "single"), batched=False)
@@ -111,7 +111,7 @@ def _cache_shape(session: Any, program: Program) -> CacheShape:
     except (KeyError, ValueError) as error:
         raise InvalidSettings(
             f"'{program.path.name}' {error}, expected a decoder that was exported with its cache "
-            "(text-generation-with-past), or the backend \"torch\" @ parameters.extra.file_name"
+            '(text-generation-with-past), or the backend "torch" @ parameters.extra.file_name'
         ) from None
 
 

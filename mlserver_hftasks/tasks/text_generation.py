@@ -24,8 +24,8 @@ from mlserver_hftasks.tasks.text import TruncationChoice, truncation_of
 from mlserver_hftasks.tasks.text_stream import TextStream
 
 WHOLE_ONLY = (
-    "got beams, n-grams, typical, epsilon or eta sampling or forbidden words, which a program does not compute, "
-    'expected none of them, or a model with the backend "torch" @ parameters'
+    "got beams, n-grams, typical, epsilon or eta sampling or forbidden words, which a program does not "
+    'compute, expected none of them, or a model with the backend "torch" @ parameters'
 )
 CONTEXT_TOKENS = 8
 """Tokens of the prompt beside which the first new ones are decoded."""
