@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from mlserver_hftasks.errors import InvalidSettings
 from mlserver_hftasks.export import graph
 from mlserver_hftasks.export.maker import quiet_exporters, reason_of
 from mlserver_hftasks.export.onnx import FILE
+from mlserver_hftasks.export.packed import pack_weights
 from mlserver_hftasks.generation import ports
 from mlserver_hftasks.generation.slabs import CacheShape
 
@@ -114,11 +116,14 @@ AttentionInterface.register(ATTENTION_NAME, program_attention)
 
 
 def cache_shape(model: PreTrainedModel) -> CacheShape:
-    """Of a model's cache."""
-    text: Any = model.config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return CacheShape(int(text.num_hidden_layers), int(heads), int(width))
+    """Of a model's cache, as the model itself makes one. Raises TypeError if its layers are not alike."""
+    with torch.inference_mode():
+        made = model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=True).past_key_values
+    tensors = [tensor for layer in made.layers for tensor in (layer.keys, layer.values)]
+    shapes = {(tensor.shape[1], tensor.shape[3]) for tensor in tensors}
+    if len(shapes) != 1:
+        raise TypeError(f"its layers keep keys and values of the sizes {sorted(shapes)}, expected one size")
+    return CacheShape(len(made.layers), *shapes.pop())
 
 
 def sample(shape: CacheShape) -> dict[str, torch.Tensor]:
@@ -187,8 +192,9 @@ def write_decoder(
     """
     tell("exporting to onnx, in steps")
     try:
-        with stepping(model.eval().requires_grad_(False)) as traced, quiet_exporters():
-            program = _traced(traced)
+        shape = cache_shape(model.eval().requires_grad_(False))
+        with stepping(model) as traced, quiet_exporters():
+            program = _traced(traced, shape)
     except Exception as error:  # whatever an exporter makes of an architecture it does not know
         raise InvalidSettings(
             f"{type(model).__name__} cannot be exported to onnx ({reason_of(error)}), expected a decoder "
@@ -196,13 +202,13 @@ def write_decoder(
         ) from None
     if quantization != "none":
         tell(f"quantizing to {quantization}")
-        program = QUANTIZERS[quantization](program)
+        QUANTIZERS[quantization](program)
     OnnxExporter.save_program(program, folder / FILE)
     return FILE
 
 
-def _traced(model: PreTrainedModel) -> Any:
-    inputs = sample(cache_shape(model))
+def _traced(model: PreTrainedModel, shape: CacheShape) -> Any:
+    inputs = sample(shape)
     sizes = {
         name: {axis: torch.export.Dim.AUTO for axis in (0, 2)[: tensor.dim()] if tensor.shape[axis] > 1}
         for name, tensor in inputs.items()
@@ -213,10 +219,29 @@ def _traced(model: PreTrainedModel) -> Any:
     return program
 
 
-def _in_int8(program: Any) -> Any:
+def _in_int8(program: Any) -> None:
     graph.quantize_rows(program)
-    return program
+    _pack_head(program)
 
 
-QUANTIZERS: dict[str, Callable[[Any], Any]] = {"int8": _in_int8}
+def _weights_in(bits: int, program: Any) -> None:
+    head = _head(program)
+    pack_weights(program, [node for node in program.graph if node not in head], bits)
+    _pack_head(program)
+
+
+def _pack_head(program: Any) -> None:
+    """The output layer in 8 bits: it is read in every step, and in four would change too many tokens."""
+    pack_weights(program, _head(program), 8)
+
+
+def _head(program: Any) -> set[Any]:
+    return graph.depends_on(program, frozenset({ports.READS}))
+
+
+QUANTIZERS: dict[str, Callable[[Any], None]] = {
+    "int8": _in_int8,
+    "int8-weight-only": partial(_weights_in, 8),
+    "int4-weight-only": partial(_weights_in, 4),
+}
 """By the name of the setting."""

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from mlserver_hftasks.backends.program import Plan
 from mlserver_hftasks.engine.rows import Row
+from mlserver_hftasks.settings import Quantization
 
 Format = Literal["onnx", "openvino", "export"]
 
@@ -21,7 +22,7 @@ class Order:
     """What program is wanted."""
 
     format: Format
-    quantization: Literal["none", "int8", "int8-static"] = "none"
+    quantization: Quantization = "none"
     provider: Literal["cpu", "cuda"] = "cpu"
 
 

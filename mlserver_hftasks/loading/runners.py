@@ -36,8 +36,8 @@ def check_stepping(settings: Settings, program: Program) -> str:
     """The precision of a decoder's program. Raises `InvalidSettings` for what does not go with one."""
     if _accelerator(settings.device) is not None or settings.provider not in (None, "CPUExecutionProvider"):
         raise InvalidSettings(
-            f'got {settings.provider or settings.device!r} for a decoder with the backend "onnx", expected the '
-            'CPU (device -1), or the backend "torch" @ parameters.extra.device'
+            f'got {settings.provider or settings.device!r} for a decoder with the backend "onnx", expected '
+            'the CPU (device -1), or the backend "torch" @ parameters.extra.device'
         )
     _only_float(settings, '"onnx"')
     return _precision(settings, program)

@@ -28,7 +28,7 @@ from mlserver_hftasks.tasks.encoder import Encoder
 logger = logging.getLogger("mlserver.hftasks")
 
 TOLERANCE = 1e-4
-ROOM = {"int8": 6e-2}
+ROOM = {"int8": 6e-2, "int8-weight-only": 6e-2, "int4-weight-only": 6e-2}
 """Largest difference from what a sequence gets alone, relative to the largest logit, where a last digit may
 fall to the other side; `TOLERANCE` else."""
 
