@@ -243,8 +243,15 @@ class Settings(BaseModel):
     def _one_compiler(self) -> Settings:
         if self.compile is None or not self.compile.enable:
             return self
-        if self.chosen_backend not in (None, "torch"):
-            raise ValueError(f'got compile and the backend "{self.chosen_backend}", expected "torch"')
+        if self.chosen_backend not in (None, "torch", "export"):
+            raise ValueError(
+                f'got compile and the backend "{self.chosen_backend}", expected "torch" or "export"'
+            )
+        if self.chosen_backend == "export" and (self.compile.backend, self.compile.mode) != (
+            "inductor",
+            None,
+        ):
+            raise ValueError('got a backend or mode of compile with the backend "export", expected neither')
         if self.quantization not in (None, "none"):
             raise ValueError(f'got compile and the quantization "{self.quantization}", expected one of them')
         return self

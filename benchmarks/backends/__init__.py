@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from benchmarks.backends import decoder_programs, inside, neighbours, served, start, torch_side
+from benchmarks.backends import (
+    decoder_programs,
+    decoders,
+    inside,
+    neighbours,
+    served,
+    start,
+    torch_side,
+)
 from benchmarks.report import Findings
 from benchmarks.session import Session
 
@@ -17,5 +25,6 @@ EXPERIMENTS: Mapping[str, Callable[[Session], Findings]] = {
     "torch": torch_side.measure,
     "compile": torch_side.compiled,
     "decoder": decoder_programs.measure,
+    "decoders": decoders.measure,
 }
 QUICK = ("inside", "start")

@@ -43,8 +43,11 @@ class Ask:
     new_tokens: int
 
 
-def folder_of(session: Session, shape: Shape) -> Path:
-    """The folder of that shape's model, made at first use. No token ends an answer, so lengths are known."""
+def folder_of(session: Session, shape: Shape, deviation: float = 0.05) -> Path:
+    """The folder of that shape's model, made at first use. No token ends an answer, so lengths are known.
+
+    `deviation` is that of the weights.
+    """
     folder = session.models / f"generation-{shape.name}"
     if folder.is_dir():
         return folder
@@ -54,7 +57,7 @@ def folder_of(session: Session, shape: Shape) -> Path:
         **shape.sizes,
         vocab_size=len(tokenizer),
         max_position_embeddings=MAX_TOKENS,
-        initializer_range=0.05,
+        initializer_range=deviation,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.convert_tokens_to_ids("[CLS]"),
         eos_token_id=None,

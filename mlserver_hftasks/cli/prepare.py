@@ -67,7 +67,7 @@ class Wanted:
     @property
     def reference(self) -> Settings:
         """The model itself: float32 on torch, on the CPU."""
-        plain = {"backend": "torch", "quantization": None, "dtype": "float32"}
+        plain = {"backend": "torch", "quantization": None, "dtype": "float32", "compile": None}
         return self.settings.model_copy(update=plain)
 
     def served(self) -> dict[str, Any]:
@@ -76,6 +76,8 @@ class Wanted:
             include={"task", "backend", "quantization", "dtype", "intra_op_threads", "trust_remote_code"},
             exclude_defaults=True,
         )
+        if self.settings.compile is not None:
+            named["compile"] = self.settings.compile.enable
         return {name: value for name, value in named.items() if value != "none"}
 
 
@@ -85,6 +87,9 @@ def command(
     task: Annotated[str, typer.Option(help="Such as text-classification.", show_default=False)],
     backend: Annotated[Backend, typer.Option(help="What will run the model.")] = "torch",
     quantize: Annotated[Quantization, typer.Option(help="int8-static needs --calibrate.")] = "none",
+    compile_program: Annotated[
+        bool, typer.Option("--compile", help="To machine code for this CPU, with --backend export.")
+    ] = False,
     dtype: Annotated[Dtype, typer.Option(help="With the backend torch.")] = "auto",
     calibrate: Annotated[Path | None, typer.Option(help="Texts for int8-static.", show_default=False)] = None,
     check: Annotated[
@@ -104,6 +109,7 @@ def command(
             "backend": backend,
             "quantization": quantize,
             "dtype": dtype,
+            "compile": compile_program or None,
             "revision": revision,
             "intra_op_threads": threads,
             "trust_remote_code": trust_remote_code,

@@ -24,6 +24,8 @@ class Order:
     format: Format
     quantization: Quantization = "none"
     provider: Literal["cpu", "cuda"] = "cpu"
+    compiled: bool = False
+    """To machine code, of the format `export`."""
 
 
 @dataclass(frozen=True, slots=True)

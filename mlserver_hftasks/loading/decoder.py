@@ -19,9 +19,8 @@ from mlserver_hftasks.loading.cache_room import free_ram
 
 logger = logging.getLogger("mlserver.hftasks")
 
-ROOM = {**TOLERANCES, "int8-weight-only": 1e-3, "int4-weight-only": TOLERANCES["bfloat16"]}
-"""What it may differ by, relative to the largest logit. Inputs of weights have 16 bits in the one, and are
-bfloat16 in the other."""
+ROOM = {**TOLERANCES, "int8-weight-only": TOLERANCES["int8"], "int4-weight-only": TOLERANCES["bfloat16"]}
+"""What it may differ by, relative to the largest logit. Int4 products take inputs in bfloat16."""
 
 
 def cache_tokens_of(

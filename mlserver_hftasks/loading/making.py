@@ -13,6 +13,7 @@ import torch
 
 from mlserver_hftasks.backends import probe
 from mlserver_hftasks.backends.base import Head
+from mlserver_hftasks.backends.compiled import cpu_features
 from mlserver_hftasks.backends.program import ProgramBackend
 from mlserver_hftasks.engine.rows import Row
 from mlserver_hftasks.errors import InvalidSettings
@@ -72,6 +73,7 @@ def make_program(
         max_tokens=encoder.max_tokens,
         quantization=order.quantization,
         tokenizer=light.facts_of(tokenizer, out),
+        compiled_for=cpu_features() if order.compiled else None,
         made_with=versions(),
     )
     tell("comparing it with the model")
@@ -108,7 +110,18 @@ def _order(settings: Settings) -> Order:
             f'got "{quantization}" on {settings.device!r}, expected the CPU (device -1), or none '
             "@ parameters.extra.quantization"
         )
-    return Order(backend, quantization, "cuda" if cuda else "cpu")
+    return Order(backend, quantization, "cuda" if cuda else "cpu", compiled=_compiled(settings))
+
+
+def _compiled(settings: Settings) -> bool:
+    if settings.compile is None or not settings.compile.enable:
+        return False
+    if settings.device not in (None, -1, "cpu"):
+        raise InvalidSettings(
+            f"got compile on {settings.device!r}, expected the CPU (device -1) with the backend "
+            '"export" @ parameters.extra.compile'
+        )
+    return True
 
 
 def _check_quantization(order: Order, head: Head) -> None:

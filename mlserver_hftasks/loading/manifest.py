@@ -7,7 +7,7 @@ is to know to serve the program without its model, and without torch and transfo
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -58,6 +58,8 @@ class Manifest:
     quantization: str = "none"
     tokenizer: Mapping[str, Any] | None = None
     """What `light.LightTokenizer` needs; None if only transformers can tokenize for this model."""
+    compiled_for: Sequence[str] | None = None
+    """Features of the CPU that it is machine code for; None if it is not compiled."""
     made_with: Mapping[str, str] = field(default_factory=dict)
     """Versions of packages."""
 

@@ -68,6 +68,7 @@ def load_program(settings: Settings, program: Program) -> Served:
     if program.manifest is None:
         return _load_other(settings, program)
     manifest = program.manifest
+    _check_compiled(settings, manifest)
     settings = settings.model_copy(update={"task": settings.task or manifest.task})
     kind = _task_for(settings, manifest)
     config = light.read_config(program.folder)
@@ -78,6 +79,16 @@ def load_program(settings: Settings, program: Program) -> Served:
         return load_stepping(settings, program, kind, config, generation_config, encoder)
     task = kind(model_facts(settings, config, encoder, program.folder))
     return Served(task, _backend(settings, program, kind.head, manifest.plan, encoder, config))
+
+
+def _check_compiled(settings: Settings, manifest: Manifest) -> None:
+    asked = settings.compile is not None and settings.compile.enable
+    if asked and manifest.compiled_for is None:
+        raise InvalidSettings(
+            f'got compile, but the folder holds a program of "{manifest.backend}" that is not compiled, '
+            "expected one of `hftasks prepare --backend export --compile`, or no such key "
+            "@ parameters.extra.compile"
+        )
 
 
 def _task_for(settings: Settings, manifest: Manifest) -> Any:
@@ -187,6 +198,7 @@ def provide_program(settings: Settings) -> Program:
         include={
             "task",
             "quantization",
+            "compile",
             "pretrained_tokenizer",
             "do_lower_case",
             "trust_remote_code",

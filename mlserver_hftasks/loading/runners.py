@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from mlserver_hftasks.backends.base import Description, Head
 from mlserver_hftasks.backends.program import Layout, Runner
 from mlserver_hftasks.errors import InvalidSettings
-from mlserver_hftasks.loading.manifest import Program
+from mlserver_hftasks.loading.manifest import Manifest, Program
 from mlserver_hftasks.settings import Settings
 
 
@@ -106,7 +106,23 @@ def _open_exported(settings: Settings, program: Program, layout: Layout) -> tupl
 
     _only_float(settings, '"export"')
     device = _torch_device(settings)
+    if program.manifest is not None and program.manifest.compiled_for is not None:
+        return _open_compiled(program, program.manifest, device, layout)
     return ExportedRunner(program.path, device), Description("export", device, "float32", layout.value)
+
+
+def _open_compiled(
+    program: Program, manifest: Manifest, device: str, layout: Layout
+) -> tuple[Runner, Description]:
+    from mlserver_hftasks.backends.compiled import CompiledRunner, check_made_for
+
+    if device != "cpu":
+        raise InvalidSettings(
+            f"got a program that is compiled for a CPU on {device}, expected device -1 "
+            "@ parameters.extra.device"
+        )
+    check_made_for(manifest.compiled_for or (), manifest.made_with.get("torch", "unknown"))
+    return CompiledRunner(program.path), Description("aotinductor", device, "float32", layout.value)
 
 
 def _open_torchscript(settings: Settings, program: Program, layout: Layout) -> tuple[Runner, Description]:

@@ -49,7 +49,7 @@ FOLDERS: dict[str, Callable[[str], Path]] = {
     "merged": optimum.merged,
 }
 NARROW = [("gpt2", "ours"), ("llama", "ours"), ("gpt2", "optimum"), ("gpt2", "merged")]
-WIDE = [(architecture, layout) for architecture in ("gpt2", "llama", *tiny.LIKE_LLAMA) for layout in FOLDERS]
+WIDE = [(architecture, layout) for architecture in ("gpt2", "llama") for layout in FOLDERS]
 MATRIX = WIDE if os.environ.get("HFTASKS_WIDE") else NARROW
 
 

@@ -172,6 +172,9 @@ def all_models(sentiment: Path, slow: Path) -> dict[str, Model]:
             tiny.folder("llama", "causal"),
             {"task": "text-generation", "pretrained_tokenizer": str(tiny.chat_tokenizer("llama"))},
         ),
+        "quantized-talker": Model(
+            tiny.folder("llama", "causal"), {"task": "text-generation", "quantization": "int8-weight-only"}
+        ),
         "slow-talker": Model(tiny.folder("llama", "causal", **SLOW_TALKER), SLOW_TALKER_SETTINGS),
         "ranking": Model(tiny.folder("bert", "sequence", ("relevance",)), {"task": "text-ranking"}),
     }

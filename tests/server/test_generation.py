@@ -92,6 +92,19 @@ def test_a_stream_is_the_answer_in_pieces(server: Server, route: str) -> None:
         assert last["prompt_tokens"] > 3
 
 
+def test_a_quantized_model_streams_too(server: Server) -> None:
+    metadata = server.client.get("/v2/models/quantized-talker").json()["parameters"]
+    assert (metadata["dtype"], metadata["packing"]) == ("int8-weight-only", "continuous")
+    wanted = [whole(server, "quantized-talker", prompt, max_new_tokens=20) for prompt in (PROMPT, "Anna")]
+    asked = [
+        lambda prompt=prompt: list(chunks(server, "quantized-talker", body(prompt, max_new_tokens=20)))
+        for prompt in (PROMPT, "Anna")
+    ]
+    streams = at_once(asked)
+    assert ["".join(map(text_of, stream)) for stream in streams] == wanted
+    assert all(len(stream) > 5 for stream in streams)
+
+
 def test_pieces_come_while_the_model_runs(server: Server) -> None:
     began = time.monotonic()
     came = [time.monotonic() - began for _ in chunks(server, "slow-talker", body(PROMPT, **LONG))]
