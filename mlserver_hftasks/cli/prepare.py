@@ -35,6 +35,8 @@ Export, optimize or quantize a model, compare it with the original, and write a 
 
     hftasks prepare ./my-model models/ner --task token-classification --backend onnx
 
+    hftasks prepare ./my-decoder models/writer --task text-generation --backend onnx
+
     mlserver start models/sst2
 
 SOURCE is an id of the hub or a folder, OUT a folder that is not there yet. A file of texts has one per

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from mlserver_hftasks.backends.program import Plan
 from mlserver_hftasks.engine.rows import Row
-from mlserver_hftasks.settings import Quantization
 
 Format = Literal["onnx", "openvino", "export"]
 
@@ -22,7 +21,8 @@ class Order:
     """What program is wanted."""
 
     format: Format
-    quantization: Quantization = "none"
+    quantization: str = "none"
+    """The name of the setting."""
     provider: Literal["cpu", "cuda"] = "cpu"
     compiled: bool = False
     """To machine code, of the format `export`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from mlserver_hftasks.backends.base import Description
 from mlserver_hftasks.backends.onnx import open_session
 from mlserver_hftasks.backends.program import Layout, Plan
+from mlserver_hftasks.engine.rows import FloatArray, IntArray
 from mlserver_hftasks.errors import InvalidSettings
 from mlserver_hftasks.export.decoder import write_decoder
 from mlserver_hftasks.export.job import Order
@@ -66,14 +67,7 @@ def make_decoder(
         made_with=versions(),
     )
     tell("comparing it with the model")
-    decoder = ProgramDecoder(
-        open_session(out / file, settings.intra_op_threads),
-        cache_tokens=PROBE_CACHE_TOKENS,
-        description=Description("onnx", "cpu", "", "continuous"),
-    )
-    got = alone_in(decoder, texts)
-    decoder.close()
-    worst = max(probe.difference(*pair) for pair in zip(got, expected, strict=True))
+    worst = _difference(settings, out / file, texts, expected)
     if not worst <= MOST[order.quantization]:  # NaN is too much as well
         raise InvalidSettings(
             f"the program's logits differ from the model's by {worst:.1e} of the largest, expected at most "
@@ -81,3 +75,23 @@ def make_decoder(
         )
     manifest.write(out)
     return manifest, worst
+
+
+def _difference(
+    settings: Settings, path: Path, texts: Sequence[IntArray], expected: Sequence[FloatArray]
+) -> float:
+    """The largest of any logit, relative to the largest of its text."""
+    decoder = ProgramDecoder(
+        open_session(path, settings.intra_op_threads),
+        cache_tokens=PROBE_CACHE_TOKENS,
+        description=Description("onnx", "cpu", "", "continuous"),
+    )
+    try:
+        got = alone_in(decoder, texts)
+    except Exception as error:  # whatever the runtime makes of a program
+        raise InvalidSettings(
+            f"the exported program fails on a text: {' '.join(str(error).split()):.300}, expected one that "
+            'runs: choose the backend "torch" @ parameters.extra.backend'
+        ) from None
+    decoder.close()
+    return max(probe.difference(*pair) for pair in zip(got, expected, strict=True))
