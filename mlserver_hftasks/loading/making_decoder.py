@@ -30,7 +30,7 @@ from mlserver_hftasks.tasks.encoder import Encoder
 from mlserver_hftasks.tasks.registry import canonical_name
 
 PROBE_CACHE_TOKENS = 8192
-MOST = {"none": 1e-3, "int8": 0.5, "int8-weight-only": 0.5, "int4-weight-only": 1.0}
+MOST = {"none": 1e-3, "int8": 0.5, "int8-weight-only": 0.5, "int4-weight-only": 2.0}
 """Largest relative difference of a program's logits from its model's."""
 
 
