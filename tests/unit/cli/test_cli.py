@@ -37,7 +37,7 @@ LABELS = {"zero-shot-classification": ("contradiction", "entailment"), "text-ran
 def wide_and_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(edge.console, "_width", 200)
     monkeypatch.setattr(trial, "ROUNDS", 1)
-    monkeypatch.setattr(trial, "TIMED_ROWS", 4)
+    monkeypatch.setattr(trial.Trial, "timed", 4)
     monkeypatch.setattr(texts, "REPEATS", 1)
 
 
