@@ -9,7 +9,7 @@ from itertools import chain
 
 import numpy as np
 
-from benchmarks.backends.systems import TORCH, System, systems_of
+from benchmarks.backends.systems import ON_TORCH, TORCH, System, systems_of
 from benchmarks.inprocess import InProcess
 from benchmarks.report import Figure, Findings, Table, number, spread
 from benchmarks.rounds import Spread, ratios, take_turns
@@ -40,9 +40,10 @@ def measure(session: Session) -> Findings:
 
 
 def _measure(session: Session, shape: Shape) -> Findings:
-    models = {
-        system: InProcess(system.folder(session, shape), **system.extra) for system in systems_of(session)
-    }
+    systems = systems_of(session)
+    if shape is MINILM and session.plan.name != "quick":
+        systems += ON_TORCH
+    models = {system: InProcess(system.folder(session, shape), **system.extra) for system in systems}
     count = TEXTS if shape is MINILM else TEXTS // 3
     rows = models[TORCH].rows(session.texts(count))
     turns = {system.name: partial(_run, model, rows) for system, model in models.items()}

@@ -23,6 +23,7 @@ class System:
     backend: str
     quantization: str = "none"
     dtype: str = "auto"
+    compiled: bool = False
     speed: tuple[float, float] | None = None
     """Times torch's float32 that it shall reach, on the MiniLM and the DistilBERT shape."""
     agreement: float | None = None
@@ -32,7 +33,8 @@ class System:
         model = session.model(shape)
         if self.backend == "torch":
             return model
-        out = session.models / f"{shape.name}-{self.backend}-{self.quantization}"
+        made = f"{self.backend}-{self.quantization}" + ("-compiled" if self.compiled else "")
+        out = session.models / f"{shape.name}-{made}"
         if not out.is_dir():
             session.tell(f"exporting {shape.name} for {self.name}")
             settings = Settings.model_validate(
@@ -41,6 +43,7 @@ class System:
                     "pretrained_model": str(model),
                     "backend": self.backend,
                     "quantization": self.quantization,
+                    "compile": {"enable": self.compiled},
                 }
             )
             with new_folder(out) as unfinished:
@@ -64,7 +67,11 @@ ONNX_INT8 = System("ONNX Runtime int8", "onnx", "int8", speed=(2.6, 3.2))
 OPENVINO = System("OpenVINO float32", "openvino", speed=(1.0, 1.0))
 OPENVINO_BFLOAT16 = System("OpenVINO bfloat16", "openvino", dtype="bfloat16", speed=(1.6, 1.6))
 OPENVINO_INT8 = System("OpenVINO int8", "openvino", "int8")
+EXPORT = System("torch.export", "export")
+COMPILED = System("AOTInductor", "export", compiled=True)
 SYSTEMS = (TORCH, BFLOAT16, TORCH_INT8, ONNX, ONNX_INT8, OPENVINO, OPENVINO_BFLOAT16, OPENVINO_INT8)
+ON_TORCH = (EXPORT, COMPILED)
+"""Further ones on one shape only: compiling takes a minute."""
 FEW = (TORCH, ONNX, ONNX_INT8, OPENVINO, OPENVINO_BFLOAT16)
 """Those of a quick run."""
 

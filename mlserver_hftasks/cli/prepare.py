@@ -37,6 +37,8 @@ Export, optimize or quantize a model, compare it with the original, and write a 
 
     hftasks prepare ./my-decoder models/writer --task text-generation --backend onnx
 
+    hftasks prepare ./my-model models/fast --task text-classification --backend export --compile
+
     mlserver start models/sst2
 
 SOURCE is an id of the hub or a folder, OUT a folder that is not there yet. A file of texts has one per

@@ -40,4 +40,4 @@ def _compile(program: Any, job: Export) -> None:
             "served there need be none), or no such key @ parameters.extra.compile"
         ) from None
     job.tell("compiling")
-    aoti_compile_and_package(program, package_path=job.folder / FILE, inductor_configs=dict(OPTIONS))
+    aoti_compile_and_package(program, package_path=str(job.folder / FILE), inductor_configs=dict(OPTIONS))
