@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from benchmarks.backends import agreement, decoders, inside, neighbours, served, start, torch_side
+from benchmarks.backends import (
+    agreement,
+    decoder_programs,
+    decoders,
+    inside,
+    neighbours,
+    served,
+    start,
+    torch_side,
+)
 from benchmarks.report import Findings
 from benchmarks.session import Session
 
@@ -17,6 +26,7 @@ EXPERIMENTS: Mapping[str, Callable[[Session], Findings]] = {
     "start": start.measure,
     "torch": torch_side.measure,
     "compile": torch_side.compiled,
+    "decoder": decoder_programs.measure,
     "decoders": decoders.measure,
 }
 QUICK = ("inside", "start")

@@ -16,9 +16,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from mlserver_hftasks.cli.edge import console, one_line, quiet
 from mlserver_hftasks.cli.report import Report, Side
-from mlserver_hftasks.cli.texts import Item, own_items, read_items, rows_of, texts_of
-from mlserver_hftasks.cli.trial import Difference, Speed, Trial, difference, speeds
-from mlserver_hftasks.engine.rows import Row
+from mlserver_hftasks.cli.texts import Item, own_items, read_items, texts_of
+from mlserver_hftasks.cli.trial import Difference, Speed, Tried, difference, speeds, tried
 from mlserver_hftasks.errors import InvalidSettings
 from mlserver_hftasks.loading import load, memory
 from mlserver_hftasks.loading.cache import new_folder
@@ -26,7 +25,7 @@ from mlserver_hftasks.loading.manifest import WEIGHTS
 from mlserver_hftasks.loading.source import Source
 from mlserver_hftasks.runtime.folder import FILE, IMPLEMENTATIONS
 from mlserver_hftasks.settings import Quantization, Settings, read_settings
-from mlserver_hftasks.tasks.registry import canonical_name, task_class
+from mlserver_hftasks.tasks.registry import canonical_name
 
 HELP = """
 Export, optimize or quantize a model, compare it with the original, and write a folder to serve.
@@ -35,6 +34,8 @@ Export, optimize or quantize a model, compare it with the original, and write a 
         --task text-classification --quantize int8 --check held-out.txt
 
     hftasks prepare ./my-model models/ner --task token-classification --backend onnx
+
+    hftasks prepare ./my-decoder models/writer --task text-generation --backend onnx
 
     hftasks prepare ./my-model models/fast --task text-classification --backend export --compile
 
@@ -132,12 +133,11 @@ def prepare(wanted: Wanted, out: Path, advance: Advance = lambda step: None) -> 
     """Make the folder `out`, or nothing at all. Raises `HFTasksError`."""
     if out.exists():
         raise InvalidSettings("it is there already, expected a folder that is not, to be made @ " + str(out))
-    _check_compares(wanted.settings)
     memory.manage()
     with new_folder(out.resolve()) as folder:
         advance(LOADING)
         before, loaded_before = _tried(wanted.reference)
-        rows = rows_of(before.served.task, wanted.items)
+        rows = before.rows(wanted.items)
         expected = before.outputs(rows)
         advance(WRITING)
         _write_model(wanted, folder, advance)
@@ -159,24 +159,14 @@ def prepare(wanted: Wanted, out: Path, advance: Advance = lambda step: None) -> 
     return report
 
 
-def _check_compares(settings: Settings) -> None:
-    """Raises `InvalidSettings` for what steps through prompts on torch: there are no outputs of one pass."""
-    generates = task_class(canonical_name(settings.task or "")).head.auto_class == "AutoModelForCausalLM"
-    if generates and settings.chosen_backend in (None, "torch"):
-        raise InvalidSettings(
-            "got a task that generates in steps, expected one whose outputs can be compared; this one is "
-            'quantized by "quantization" in its own model-settings.json @ --task'
-        )
-
-
-def _tried(settings: Settings) -> tuple[Trial, float]:
+def _tried(settings: Settings) -> tuple[Tried, float]:
     began = time.monotonic()
     served = load(settings)
     took = time.monotonic() - began
-    return Trial(served), took
+    return tried(served), took
 
 
-def _is_headless(trial: Trial) -> bool:
+def _is_headless(trial: Tried) -> bool:
     return trial.served.task.head.auto_class == "AutoModel"
 
 
@@ -204,15 +194,15 @@ def _write_settings(wanted: Wanted, folder: Path, name: str) -> None:
 def _report(
     wanted: Wanted,
     folder: Path,
-    rows: Sequence[Row],
-    trials: tuple[Trial, Trial],
+    rows: Sequence[Any],
+    trials: tuple[Tried, Tried],
     loaded_s: tuple[float, float],
     speed: Mapping[str, Speed],
     apart: Difference,
 ) -> Report:
     sizes = _weights_bytes(wanted.reference), _bytes(folder.rglob("*"))
     before, after = (
-        Side(trial.served.backend.description, seconds, size, speed[name])
+        Side(trial.served.description, seconds, size, speed[name])
         for trial, seconds, size, name in zip(trials, loaded_s, sizes, ("before", "after"), strict=True)
     )
     return Report(
@@ -220,6 +210,7 @@ def _report(
         source=wanted.settings.pretrained_model or "",
         quantization=wanted.settings.quantization or "none",
         rows=len(rows),
+        unit=trials[0].unit,
         before=before,
         after=after,
         difference=apart,

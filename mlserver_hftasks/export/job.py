@@ -21,7 +21,8 @@ class Order:
     """What program is wanted."""
 
     format: Format
-    quantization: Literal["none", "int8", "int8-static"] = "none"
+    quantization: str = "none"
+    """The name of the setting."""
     provider: Literal["cpu", "cuda"] = "cpu"
     compiled: bool = False
     """To machine code, of the format `export`."""

@@ -76,7 +76,7 @@ class Maker:
                 raise
             except Exception as error:  # whatever an exporter makes of an architecture it does not know
                 logger.debug("no export of %s", plan, exc_info=True)
-                reasons.append(f"{plan.layout.value}: {_first_line(error)}")
+                reasons.append(f"{plan.layout.value}: {reason_of(error)}")
         raise InvalidSettings(
             f"{type(self._model).__name__} cannot be exported to {order.format} "
             f"({'; '.join(reasons) or 'no layout gives each row its own answer'}), expected one that can, "
@@ -124,7 +124,7 @@ class Maker:
 
     def _export(self, order: Order, plan: Plan, folder: Path, calibration: Sequence[Row]) -> Made:
         fused = order.format != "onnx"
-        with traceable(self._model, self._head, plan.layout, fused=fused) as model, _quiet_exporters():
+        with traceable(self._model, self._head, plan.layout, fused=fused) as model, quiet_exporters():
             writer = import_module(f"{__package__}.{WRITERS[order.format]}")
             job = Export(model, self._sample(plan), order, plan, folder, calibration, self._tell)
             file: str = writer.write(job)
@@ -132,7 +132,7 @@ class Maker:
 
 
 @contextmanager
-def _quiet_exporters() -> Iterator[None]:
+def quiet_exporters() -> Iterator[None]:
     """Without what exporters say of themselves: that they are experimental, and which versions they know."""
     levels = {name: logging.getLogger(name).level for name in NOISY}
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
@@ -146,6 +146,9 @@ def _quiet_exporters() -> Iterator[None]:
                 logging.getLogger(name).setLevel(level)
 
 
-def _first_line(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
+    """The first line of what an exporter failed of: it wraps that in errors of its own."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     text = str(error).strip() or type(error).__name__
     return f"{text.splitlines()[0]:.200}"

@@ -20,6 +20,7 @@ from mlserver_hftasks.errors import InvalidSettings
 from mlserver_hftasks.explain.black_box import SIGNATURE, BlackBoxExplainer
 from mlserver_hftasks.explain.remote import RemoteModel
 from mlserver_hftasks.explain.targets import TARGETS
+from mlserver_hftasks.generation.whole import NoWholeAnswers
 from mlserver_hftasks.loading import Served
 from mlserver_hftasks.metrics import ModelMetrics
 from mlserver_hftasks.runtime.configuration import limits_of, step_limits_of
@@ -29,6 +30,9 @@ from mlserver_hftasks.runtime.service import RowService, Service
 from mlserver_hftasks.settings import Settings
 from mlserver_hftasks.tasks.base import ItemLimits
 from mlserver_hftasks.tasks.signature import Signature
+
+PROGRAMS = (ProgramBackend, NoWholeAnswers)
+"""Backends without gradients, which run without torch."""
 
 
 def answering(
@@ -57,7 +61,7 @@ def answering(
         name=name,
     )
     make = partial(_explainer, name, settings, served, batcher, on_thread_start)
-    late = isinstance(served.backend, ProgramBackend)
+    late = isinstance(served.backend, PROGRAMS)
     explainer = LateExplainer(served.task.name, make) if late else make()
     explaining = _explaining(explainer, served.task.signature, settings, metrics)
     predictions = _predictions(name, settings, served, batcher, metrics, on_thread_start)
@@ -66,7 +70,7 @@ def answering(
 
 def prepare_explaining(served: Served) -> None:
     """Make gradients ready, where there are some: it takes a while, and must not come while rows run."""
-    if isinstance(served.backend, ProgramBackend):
+    if isinstance(served.backend, PROGRAMS):
         return
     from mlserver_hftasks.explain.explainer import gradients_of
 

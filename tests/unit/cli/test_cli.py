@@ -37,7 +37,7 @@ LABELS = {"zero-shot-classification": ("contradiction", "entailment"), "text-ran
 def wide_and_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(edge.console, "_width", 200)
     monkeypatch.setattr(trial, "ROUNDS", 1)
-    monkeypatch.setattr(trial, "TIMED_ROWS", 4)
+    monkeypatch.setattr(trial.Trial, "timed", 4)
     monkeypatch.setattr(texts, "REPEATS", 1)
 
 
@@ -126,7 +126,7 @@ def test_the_report_is_true(run: Run, tmp_path: Path, model: Path) -> None:
     assert report["after"]["how"]["dtype"] == "int8"
     assert report["before"]["weights_bytes"] == (model / "model.safetensors").stat().st_size
     for side in ("before", "after"):
-        assert report[side]["speed"]["rows_per_s"] > 0
+        assert report[side]["speed"]["per_s"] > 0
         assert 0 < report[side]["speed"]["latency_ms"] < 5000
     assert report["machine"]["threads"] == torch.get_num_threads()
 
@@ -173,12 +173,15 @@ def test_what_cannot_be_prepared_is_one_line_and_no_folder(
     assert names(tmp_path) == before
 
 
-def test_what_generates_in_steps_is_not_prepared(run: Run, tmp_path: Path) -> None:
+def test_what_generates_in_steps_is_prepared_by_tokens(run: Run, tmp_path: Path) -> None:
     out, model = tmp_path / "out", tiny.folder("gpt2", "causal")
-    code, _, said = run("prepare", model, out, "--task", "text-generation", "--quantize", "int8")
-    assert code == 1
-    assert 'quantized by "quantization" in its own model-settings.json' in " ".join(said.split())
-    assert not list(tmp_path.iterdir())
+    code, said, errors = run("prepare", model, out, "--task", "text-generation", "--quantize", "int8")
+    assert (code, errors) == (0, "")
+    assert "throughput, tokens/s" in said and "same answer" in said
+    report = json.loads((out / "report.json").read_text())
+    assert (report["unit"], report["after"]["how"]["dtype"]) == ("tokens", "int8")
+    assert 0 < report["difference"]["largest"] < report["difference"]["deviation"]
+    assert 0 <= report["difference"]["equal_answers"] <= 1
 
 
 def test_a_folder_that_is_there_stays_as_it_is(run: Run, tmp_path: Path, model: Path) -> None:
