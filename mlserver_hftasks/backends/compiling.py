@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
-from mlserver_hftasks.backends.packing import varlen_attention
+from mlserver_hftasks.backends.varlen import varlen_attention
 from mlserver_hftasks.engine.rows import Row
 from mlserver_hftasks.errors import InvalidSettings
 
