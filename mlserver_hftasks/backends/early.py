@@ -85,6 +85,10 @@ class EarlyLayer:
                     return cls(stack[-1], structure)
         return None
 
+    def replace(self, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Run what `make` makes of this in its place."""
+        self._layer.forward = make(self.__call__)
+
     def release(self) -> None:
         """Give the layer its own `forward` back."""
         del self._layer.forward
@@ -109,7 +113,7 @@ class EarlyLayer:
 
 def _by_head(states: Tensor, attention: Any) -> Tensor:
     """[1, T, heads * d] -> [1, heads, T, d]"""
-    return states.unflatten(-1, (-1, attention.attention_head_size)).transpose(1, 2)
+    return states.view(*states.shape[:2], -1, attention.attention_head_size).transpose(1, 2)
 
 
 def _interface(attention: Any) -> Callable[..., Any]:
@@ -158,9 +162,8 @@ def _attend_inputs(
     reads: Reads,
 ) -> Tensor:
     """The same without keys and values; see the module docstring. All heads of a read ask side by side."""
-    heads, d = asked.shape[1], asked.shape[3]
-    wide = torch.bmm(asked[0], key.weight.unflatten(0, (heads, d)))
-    queries = Sequences.equal(len(sequences.lengths), heads, hidden.device)
+    _, heads, count, d = asked.shape
+    wide = torch.bmm(asked[0], key.weight.view(heads, d, -1))  # [heads, n * m, inputs]
     mixed, _ = _interface(attention)(
         attention,
         wide.transpose(0, 1).flatten(0, 1)[None, None],
@@ -169,9 +172,9 @@ def _attend_inputs(
         None,
         scaling=attention.scaling,
         sequences=sequences,
-        queries=queries,
+        queries=Sequences.equal(len(sequences.lengths), heads, device=hidden.device),
     )
-    by_head = mixed[0, :, 0].unflatten(0, (-1, heads)).transpose(0, 1)
-    context = torch.bmm(by_head, value.weight.unflatten(0, (heads, d)).transpose(1, 2))
-    context = context.transpose(0, 1).flatten(1)
-    return (context if value.bias is None else context + value.bias)[None]
+    by_head = mixed.view(count, heads, -1).transpose(0, 1)
+    context = torch.bmm(by_head, value.weight.view(heads, d, -1).transpose(1, 2))
+    joined = context.transpose(0, 1).reshape(1, count, -1)
+    return joined if value.bias is None else joined + value.bias

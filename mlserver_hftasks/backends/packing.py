@@ -29,6 +29,9 @@ from transformers import PreTrainedModel
 from mlserver_hftasks.backends.early import EarlyLayer
 from mlserver_hftasks.backends.varlen import ATTENTION_NAME, Reads, Sequences
 
+Replacing = Callable[[Callable[..., Any]], Callable[..., Any]]
+"""From a function to one with the same arguments and results."""
+
 
 class Layout(Enum):
     """How the rows of a batch lie in memory."""
@@ -84,10 +87,15 @@ class Backbone:
             self._early.release()
         self._early, self.reads_first = None, False
 
-    def replace(self, make: Callable[[Callable[..., Any]], Callable[..., Any]], attention: str) -> None:
-        """Run what `make` makes of the backbone's `forward` from now on, with that attention if packed."""
+    def replace(self, make: Replacing, attention: str, outside: Replacing) -> None:
+        """Run what `make` makes of the backbone's `forward` from now on, with that attention if packed.
+
+        What is computed of few tokens is `outside` of it.
+        """
         if self.layout is Layout.VARLEN:
             self._module.set_attn_implementation(attention)
+        if self._early is not None:
+            self._early.replace(outside)
         self._forward = make(self._forward)
 
     def release(self) -> None:
@@ -170,7 +178,7 @@ def _sequences(lengths: tuple[int, ...], cumulative: torch.Tensor, reads: torch.
     if reads is None:
         return Sequences(lengths, cumulative)
     tokens = (cumulative[:-1, None] + reads).flatten()
-    return Sequences(lengths, cumulative, Reads(tokens, Sequences.equal(*reads.shape, reads.device)))
+    return Sequences(lengths, cumulative, Reads(tokens, Sequences.equal(*reads.shape, device=reads.device)))
 
 
 def pool_again(module: torch.nn.Module, outputs: Any) -> None:

@@ -77,7 +77,7 @@ class TorchBackend:
                 "compiled, expected one that can be packed, or no such key @ parameters.extra.compile"
             )
         make = functools.partial(compiling.compiled, backend=backend, mode=mode)
-        self._backbone.replace(make, compiling.ATTENTION_NAME)
+        self._backbone.replace(make, compiling.ATTENTION_NAME, compiling.outside)
         compiling.warm(self._forward, rows)
 
     def close(self) -> None:

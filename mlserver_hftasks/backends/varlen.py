@@ -24,7 +24,7 @@ class Sequences:
     """What is read of the last layer, where that is less than all; see `early`."""
 
     @classmethod
-    def equal(cls, count: int, length: int, device: torch.device) -> Sequences:
+    def equal(cls, count: int, length: int, *, device: torch.device) -> Sequences:
         """So many sequences of one length."""
         bounds = torch.arange(0, (count + 1) * length, length, dtype=torch.int32, device=device)
         return cls((length,) * count, bounds)
@@ -163,7 +163,7 @@ def _attend_each(
 
 def _stacked(states: torch.Tensor, count: int) -> torch.Tensor:
     """Sequences of one length as a batch: [heads, count * length, d] -> [count, heads, length, d]."""
-    return states.unflatten(1, (count, -1)).transpose(0, 1)
+    return states.reshape(len(states), count, -1, states.shape[-1]).transpose(0, 1)
 
 
 def _window_mask(length: int, window: int, causal: bool, like: torch.Tensor) -> torch.Tensor:
