@@ -159,8 +159,9 @@ class TorchBackend:
 
         Whether a head over whole rows reads their first tokens is seen by giving it no others.
         """
-        first = all(level is Level.SEQUENCE for level in self._head.outputs.values())
-        if not self._backbone.read_early(first=first):
+        levels = set(self._head.outputs.values())
+        first = levels == {Level.SEQUENCE}
+        if len(levels) > 1 or not self._backbone.read_early(first=first):
             return
         if not first:
             rows, alone = probing.selected(rows, alone)
