@@ -77,11 +77,14 @@ class EarlyLayer:
 
     @classmethod
     def of(cls, backbone: nn.Module) -> EarlyLayer | None:
-        """In the last layer of a backbone, or None if it has a structure that is not known here."""
+        """In the last layer of a backbone, or None if it has a structure that is not known here.
+
+        Nor is it touched where somebody else stands in for it already: accelerate, between devices.
+        """
         stacks = [module for module in backbone.modules() if isinstance(module, nn.ModuleList)]
         for structure in STRUCTURES:
             for stack in stacks:
-                if len(stack) and structure.fits(stack[-1]):
+                if len(stack) and structure.fits(stack[-1]) and "forward" not in vars(stack[-1]):
                     return cls(stack[-1], structure)
         return None
 
@@ -148,7 +151,7 @@ def _attend(
 
 def _cheap(key: nn.Module, value: nn.Module, reads: Reads) -> bool:
     """Whether the weights are at hand, queries few, and the attention one that takes wide heads."""
-    plain = isinstance(key, nn.Linear) and isinstance(value, nn.Linear)
+    plain = type(key) is nn.Linear and type(value) is nn.Linear
     return plain and reads.sequences.lengths[0] == 1 and not reads.tokens.is_cuda
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 from collections.abc import Iterator
@@ -180,6 +181,16 @@ def test_gradients_are_those_of_the_full_layer(architecture: str) -> None:
         wanted = paths.forward(points)
     assert all(np.abs(outputs["contribution"]).max() > 1e-3 for outputs in wanted[1:])
     assert_close(got, wanted)
+
+
+def test_a_layer_that_somebody_stands_in_for_is_left_alone() -> None:
+    model = load("bert", "sequence")
+    layer = model.bert.encoder.layer[-1]
+    layer.forward = moved = functools.partial(type(layer).forward, layer)
+    served = serve("bert", "sequence", packing=True, model=model)
+    assert served._backbone._early is None
+    served.close()
+    assert layer.forward is moved
 
 
 def test_a_layer_gets_its_own_forward_back() -> None:
