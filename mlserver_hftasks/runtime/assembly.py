@@ -1,6 +1,7 @@
 """Puts together what answers the requests of one model.
 
-What only torch runs is imported only for it: a folder with a program is ready before torch is imported.
+What only torch runs, or only explainers of other servers need, is imported only for it: a folder with a
+program is ready before torch is imported.
 """
 
 from __future__ import annotations
@@ -17,8 +18,6 @@ from mlserver_hftasks.engine.generator import Generator
 from mlserver_hftasks.engine.scheduler import Scheduler
 from mlserver_hftasks.engine.steps import StepScheduler
 from mlserver_hftasks.errors import InvalidSettings
-from mlserver_hftasks.explain.black_box import SIGNATURE, BlackBoxExplainer
-from mlserver_hftasks.explain.remote import RemoteModel
 from mlserver_hftasks.explain.targets import TARGETS
 from mlserver_hftasks.loading import Served
 from mlserver_hftasks.metrics import ModelMetrics
@@ -75,6 +74,9 @@ def prepare_explaining(served: Served) -> None:
 
 def explaining_another(settings: Settings, infer_uri: str, metrics: ModelMetrics) -> AnsweringService:
     """Explanations of a model on another server, and nothing else. Made on the event loop that will await."""
+    from mlserver_hftasks.explain.black_box import SIGNATURE, BlackBoxExplainer
+    from mlserver_hftasks.explain.remote import RemoteModel
+
     model = RemoteModel(infer_uri, input_name=settings.infer_input, output_name=settings.infer_output)
     limits = ItemLimits(settings.max_items, settings.max_text_chars)
     explainer = BlackBoxExplainer(

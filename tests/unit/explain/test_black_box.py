@@ -23,9 +23,10 @@ from mlserver_hftasks.errors import (
     RequestTooLarge,
     Unavailable,
 )
+from mlserver_hftasks.explain.allowed import check_uri
 from mlserver_hftasks.explain.black_box import MAX_WORDS, BlackBoxExplainer
 from mlserver_hftasks.explain.options import ExplainOptions
-from mlserver_hftasks.explain.remote import BATCH_TEXTS, RemoteModel, check_uri
+from mlserver_hftasks.explain.remote import BATCH_TEXTS, RemoteModel
 from mlserver_hftasks.explain.result import Explanation
 from mlserver_hftasks.tasks.base import ItemLimits
 from mlserver_hftasks.tasks.signature import Parameters
