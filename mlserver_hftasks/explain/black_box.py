@@ -22,7 +22,7 @@ from mlserver_hftasks.explain.methods.masking import MaskMethod, occlusion, perm
 from mlserver_hftasks.explain.options import ExplainOptions
 from mlserver_hftasks.explain.remote import RemoteModel, Scores
 from mlserver_hftasks.explain.result import BoolArray, Explanation
-from mlserver_hftasks.tasks.base import ItemLimits
+from mlserver_hftasks.tasks.base import Answered, ItemLimits
 from mlserver_hftasks.tasks.signature import Parameters, Signature
 from mlserver_hftasks.tasks.text import TEXTS
 
@@ -77,9 +77,13 @@ class BlackBoxExplainer:
         return ("auto", *METHODS)
 
     async def explain(
-        self, inputs: Mapping[str, Sequence[Any]], parameters: Parameters, options: ExplainOptions
+        self,
+        inputs: Mapping[str, Sequence[Any]],
+        parameters: Parameters,
+        options: ExplainOptions,
+        answered: Sequence[Answered] | None = None,
     ) -> list[Explanation]:
-        """One explanation per text. Raises `HFTasksError`."""
+        """One explanation per text; the answers are never known. Raises `HFTasksError`."""
         method = self._method(options)
         texts = self._texts(inputs.get("inputs", ()))
         if self._waiting + len(texts) > self._max_waiting:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -10,12 +11,16 @@ import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from mlserver_hftasks.generation.generate import GenerateBackend
+from mlserver_hftasks.generation.scoring import ScoringBackend
+from mlserver_hftasks.generation.twin import with_shared_weights
 from mlserver_hftasks.loading.decoder import cache_tokens_of, decoder_of
-from mlserver_hftasks.loading.served import Served, asked_as, model_facts
+from mlserver_hftasks.loading.served import Scoring, Served, asked_as, model_facts, probe_rows
 from mlserver_hftasks.loading.source import Source
 from mlserver_hftasks.settings import Settings
 from mlserver_hftasks.tasks.base import Task
 from mlserver_hftasks.tasks.encoder import Encoder
+
+logger = logging.getLogger("mlserver.hftasks")
 
 
 def generating(
@@ -39,6 +44,25 @@ def generating(
         )
     facts = model_facts(settings, config, encoder, source.folder, generation_config=generation_config, **more)
     decoder = decoder_of(model, device, facts.limits.cache_tokens) if decodes else None
+    scoring = _scoring(model, encoder, device, pad_token_id) if decodes else None
     decode = functools.partial(encoder.tokenizer.decode, skip_special_tokens=True)
     backend = GenerateBackend(model, device=device, pad_token_id=pad_token_id, decode=decode)
-    return Served(kind(replace(facts, steps=decoder is not None)), backend, decoder)
+    return Served(kind(replace(facts, steps=decoder is not None)), backend, decoder, scoring)
+
+
+def _scoring(
+    model: PreTrainedModel, encoder: Encoder, device: torch.device, pad_token_id: int
+) -> Scoring | None:
+    """Only the clone is made now: most models are never asked for explanations."""
+    try:
+        twin = with_shared_weights(model)
+    except Exception as error:  # whatever an architecture makes of being copied
+        logger.info("%s cannot be explained: %r", type(model).__name__, error)
+        return None
+    return lambda pause: ScoringBackend(
+        with_shared_weights(twin),
+        device=device,
+        pad_token_id=pad_token_id,
+        probe=probe_rows(encoder),
+        pause=pause,
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig
 
     from mlserver_hftasks.generation.decoder import TorchDecoder
+
+Scoring = Callable[[Callable[[], object]], Backend]
+"""Makes, with its `pause`, what says how likely answers are; see `generation.scoring`."""
 
 TASK_OF_HEAD = {
     "ForSequenceClassification": "text-classification",
@@ -43,6 +46,8 @@ class Served:
     backend: Backend
     decoder: TorchDecoder | None = None
     """Steps through what is generated, where the model fits; `backend` runs the rest."""
+    scoring: Scoring | None = None
+    """For explanations of a model that generates; a call takes a while."""
 
     @property
     def description(self) -> Description:

@@ -7,9 +7,12 @@ program is ready before torch is imported.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from importlib import import_module
+from typing import TYPE_CHECKING, cast
 
+from mlserver_hftasks.backends.base import Backend
 from mlserver_hftasks.backends.program import ProgramBackend
 from mlserver_hftasks.codecs.request import EXPLAIN
 from mlserver_hftasks.engine.batcher import Batcher
@@ -18,6 +21,7 @@ from mlserver_hftasks.engine.generator import Generator
 from mlserver_hftasks.engine.scheduler import Scheduler
 from mlserver_hftasks.engine.steps import StepScheduler
 from mlserver_hftasks.errors import InvalidSettings
+from mlserver_hftasks.explain.methods import masking, path
 from mlserver_hftasks.explain.targets import TARGETS
 from mlserver_hftasks.loading import Served
 from mlserver_hftasks.metrics import ModelMetrics
@@ -28,6 +32,12 @@ from mlserver_hftasks.runtime.service import RowService, Service
 from mlserver_hftasks.settings import Settings
 from mlserver_hftasks.tasks.base import ItemLimits
 from mlserver_hftasks.tasks.signature import Signature
+
+if TYPE_CHECKING:
+    from mlserver_hftasks.explain.engines import Engines
+
+METHODS = ("auto", *path.METHODS, *masking.METHODS)
+"""By which a model can be explained that has gradients."""
 
 
 def answering(
@@ -42,7 +52,7 @@ def answering(
 
     Made on the event loop that will await the answers. Raises `InvalidSettings`.
     """
-    if settings.mode == EXPLAIN and served.task.name not in TARGETS:
+    if settings.mode == EXPLAIN and not explains(served):
         raise InvalidSettings(
             f"got {EXPLAIN}, but of {served.task.name} there is nothing to explain, expected another task "
             "@ parameters.extra.mode"
@@ -55,17 +65,24 @@ def answering(
         observe_queue=metrics.queued,
         name=name,
     )
-    make = partial(_explainer, name, settings, served, batcher, on_thread_start)
-    late = isinstance(served.backend, ProgramBackend)
-    explainer = LateExplainer(served.task.name, make) if late else make()
-    explaining = _explaining(explainer, served.task.signature, settings, metrics)
-    predictions = _predictions(name, settings, served, batcher, metrics, on_thread_start)
+    generator = _generator(name, settings, served, metrics, on_thread_start)
+    made = _Parts(f"{name}-explain", settings, served, batcher, generator, on_thread_start)
+    explaining = _explaining(made.explainer(), served.task.signature, settings, metrics)
+    predictions = _predictions(settings, served, batcher, generator)
     return AnsweringService(predictions, explaining, mode=settings.mode)
 
 
+def explains(served: Served) -> bool:
+    """Whether there is something to explain of what the model answers."""
+    return served.task.name in TARGETS and (served.scoring is not None or not served.task.head.generates)
+
+
 def prepare_explaining(served: Served) -> None:
-    """Make gradients ready, where there are some: it takes a while, and must not come while rows run."""
-    if isinstance(served.backend, ProgramBackend):
+    """Make gradients ready, where there are some: it takes a while, and must not come while rows run.
+
+    Those of a model that generates wait for the first explanation: they are another clone's.
+    """
+    if isinstance(served.backend, ProgramBackend) or served.task.head.generates:
         return
     from mlserver_hftasks.explain.explainer import gradients_of
 
@@ -88,19 +105,69 @@ def explaining_another(settings: Settings, infer_uri: str, metrics: ModelMetrics
     return AnsweringService(None, _explaining(explainer, SIGNATURE, settings, metrics), mode=settings.mode)
 
 
-def _explainer(
-    name: str, settings: Settings, served: Served, batcher: Batcher, on_thread_start: Callable[[], None]
-) -> Explains:
-    from mlserver_hftasks.explain.explainer import Explainer, ExplainLimits
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What an explainer of a model that was loaded here is made of."""
 
-    return Explainer(
-        served.task,
-        served.backend,
-        batcher,
-        limits=ExplainLimits(settings.max_queue_explanations),
-        on_thread_start=on_thread_start,
-        name=f"{name}-explain",
-    )
+    name: str
+    settings: Settings
+    served: Served
+    batcher: Batcher
+    generator: Generator | None
+    on_thread_start: Callable[[], None]
+
+    def explainer(self) -> Explains:
+        """Ready, or to be made when it is first asked, where that takes long or needs torch."""
+        if self.served.task.head.generates:
+            methods = METHODS if explains(self.served) else ()
+            return LateExplainer(self.served.task.name, methods, self._scoring, self._generating)
+        if isinstance(self.served.backend, ProgramBackend):
+            methods = ("auto", *masking.METHODS) if explains(self.served) else ()
+            late = partial(import_module, "mlserver_hftasks.explain.explainer")
+            return LateExplainer(self.served.task.name, methods, late, lambda module: self._predicting())
+        return self._predicting()
+
+    def _predicting(self) -> Explains:
+        from mlserver_hftasks.explain.engines import PredictingEngines
+        from mlserver_hftasks.explain.explainer import gradients_of
+
+        gradients = gradients_of(self.served.task, self.served.backend)
+        return self._explainer(
+            PredictingEngines(
+                self.served.backend,
+                self.batcher,
+                gradients,
+                on_thread_start=self.on_thread_start,
+                name=self.name,
+            )
+        )
+
+    def _scoring(self) -> Backend:
+        """Made on a thread, while the model may generate."""
+        from mlserver_hftasks.explain.engines import scoring_of
+
+        assert self.served.scoring is not None
+        self.on_thread_start()
+        return scoring_of(self.served.scoring, self.batcher, self.generator)
+
+    def _generating(self, scoring: Backend) -> Explains:
+        from mlserver_hftasks.explain.engines import GeneratingEngines
+
+        return self._explainer(
+            GeneratingEngines(
+                scoring,
+                self.batcher,
+                self.generator,
+                on_thread_start=self.on_thread_start,
+                name=self.name,
+            )
+        )
+
+    def _explainer(self, engines: Engines) -> Explains:
+        from mlserver_hftasks.explain.explainer import Explainer, ExplainLimits
+
+        limits = ExplainLimits(self.settings.max_queue_explanations)
+        return Explainer(self.served.task, engines, limits=limits)
 
 
 def _explaining(
@@ -115,21 +182,17 @@ def _explaining(
     )
 
 
-def _predictions(
+def _generator(
     name: str,
     settings: Settings,
     served: Served,
-    batcher: Batcher,
     metrics: ModelMetrics,
     on_thread_start: Callable[[], None],
-) -> Service:
+) -> Generator | None:
     if served.decoder is None:
-        return RowService(served.task, settings.timeout_ms, batcher)
-    from mlserver_hftasks.runtime.generation import GenerationService
-    from mlserver_hftasks.tasks.text_generation import TextGeneration
-
+        return None
     limits = step_limits_of(settings, served.decoder.description.device)
-    generator = Generator(
+    return Generator(
         served.decoder,
         StepScheduler(limits, served.decoder.cache_tokens),
         on_thread_start=on_thread_start,
@@ -137,6 +200,16 @@ def _predictions(
         observe_occupancy=metrics.occupied,
         name=f"{name}-steps",
     )
+
+
+def _predictions(
+    settings: Settings, served: Served, batcher: Batcher, generator: Generator | None
+) -> Service:
+    if generator is None:
+        return RowService(served.task, settings.timeout_ms, batcher)
+    from mlserver_hftasks.runtime.generation import GenerationService
+    from mlserver_hftasks.tasks.text_generation import TextGeneration
+
     return GenerationService(
         cast(TextGeneration, served.task),  # no other task has a decoder
         settings.timeout_ms,

@@ -91,6 +91,11 @@ class _Traced:
         return [_Traced(piece, self.text) for piece in self.encoding.overflowing]
 
 
+def source_of(encoding: Encoding) -> Source | None:
+    """Where an encoding is from, if it was made by `Encoder.encode`."""
+    return Source(encoding.encoding, encoding.text) if isinstance(encoding, _Traced) else None
+
+
 class Encoder:
     """Encodes texts for a model that takes at most `max_tokens` tokens. Thread-safe."""
 
@@ -147,8 +152,7 @@ class Encoder:
         arrays = {"input_ids": np.asarray(encoding.ids, dtype=np.int64)}
         if self._takes_types:
             arrays["token_type_ids"] = np.asarray(encoding.type_ids, dtype=np.int64)
-        source = Source(encoding.encoding, encoding.text) if isinstance(encoding, _Traced) else None
-        return Row(arrays, key, select, source=source)
+        return Row(arrays, key, select, source=source_of(encoding))
 
     def special_tokens(self, *, pair: bool = False) -> int:
         """How many special tokens a text or a pair gets."""

@@ -17,6 +17,7 @@ TARGETS: dict[str, str] = {
     "fill-mask": "fill_mask.FillMaskTargets",
     "question-answering": "question_answering.QuestionAnsweringTargets",
     "sentence-embedding": "sentence_embedding.SentenceEmbeddingTargets",
+    "text-generation": "text_generation.TextGenerationTargets",
     "text-classification": "text_classification.TextClassificationTargets",
     "text-ranking": "text_ranking.TextRankingTargets",
     "token-classification": "token_classification.TokenClassificationTargets",

@@ -1,0 +1,244 @@
+"""text-generation: how likely the model finds its answer, as a whole or token by token.
+
+The score is the natural logarithm of the probability of the answer's tokens given the prompt and those before
+(as in https://arxiv.org/abs/2312.05491). The answer is that of the request, or a text that
+the client gives. It is part of the row and never absent, so that attributions are those of the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mlserver_hftasks.engine.rows import IntArray, Row
+from mlserver_hftasks.engine.sequences import FINISH_REASONS, FinishReason
+from mlserver_hftasks.errors import DeadlineExceeded, InvalidRequest
+from mlserver_hftasks.explain.result import BoolArray
+from mlserver_hftasks.explain.targets.base import (
+    AnswerText,
+    Choice,
+    Subject,
+    Targets,
+    predicted,
+    target_array,
+)
+from mlserver_hftasks.tasks.base import Answered, Example
+from mlserver_hftasks.tasks.chat import Chat, contents_in
+from mlserver_hftasks.tasks.encoder import Encoding, Source
+from mlserver_hftasks.tasks.text_generation import (
+    CONTEXT_TOKENS,
+    PromptContext,
+    TextGeneration,
+    TextGenerationParameters,
+)
+from mlserver_hftasks.tasks.text_stream import TextStream
+
+USUAL_TOKENS = 32
+"""Most tokens of an answer that is made to be explained, where nobody says how many."""
+MOST_TOKENS = 256
+"""Of an answer that is explained as a whole."""
+MOST_SCORES = 64
+"""Of one that is explained token by token: each takes a backward pass of its own."""
+WHOLE = "answer"
+"""The label of the score of a whole answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogProbability:
+    """Of tokens, from the logits before each of them: their sum, or one by one."""
+
+    tokens: Tensor
+    per_token: bool
+
+    def __call__(self, outputs: Mapping[str, Tensor]) -> Tensor:
+        """[1] or [tokens]"""
+        logits = outputs["logits"].float()
+        chosen = logits.gather(1, self.tokens.to(logits.device)[:, None])[:, 0] - logits.logsumexp(dim=1)
+        return chosen if self.per_token else chosen.sum()[None]
+
+
+class TextGenerationTargets(Targets[TextGeneration, TextGenerationParameters]):
+    """The log-probability of the answer, or of the text that the client names."""
+
+    def answering(self, parameters: TextGenerationParameters) -> TextGenerationParameters:
+        """The most likely tokens, and not many, unless the request says otherwise."""
+        usual = {}
+        if parameters.do_sample is None:
+            usual["do_sample"] = False
+        if parameters.max_new_tokens is None and parameters.max_length is None:
+            usual["max_new_tokens"] = min(USUAL_TOKENS, self.task.model.limits.max_new_tokens)
+        return parameters.model_copy(update=usual)
+
+    def given(self, examples: Sequence[Example], choice: Choice) -> list[Answered] | None:
+        """The client's text behind each prompt."""
+        if choice is None or predicted(choice, ()):
+            return None
+        if not isinstance(choice, str) or not choice:
+            raise InvalidRequest(
+                f"got {choice!r:.60}, expected a text that continues the prompt @ explain.target"
+            )
+        text = self.task.text(choice, "explain.target")
+        return [Answered(example, [_as_outputs(self._continued(example, text)[0])]) for example in examples]
+
+    def subject(
+        self,
+        answered: Answered,
+        choice: Choice,
+        parameters: TextGenerationParameters,
+        references: Sequence[Answered],
+    ) -> Subject:
+        """One score, of all tokens together."""
+        return self._subject(answered, choice, per_token=False)
+
+    def subject_per_token(
+        self,
+        answered: Answered,
+        choice: Choice,
+        parameters: TextGenerationParameters,
+        references: Sequence[Answered],
+    ) -> Subject:
+        """As many scores as the answer has tokens."""
+        return self._subject(answered, choice, per_token=True)
+
+    def _subject(self, answered: Answered, choice: Choice, *, per_token: bool) -> Subject:
+        context: PromptContext = answered.example.context
+        if context.encoded is None:
+            raise InvalidRequest("an empty prompt, expected at least one token to explain @ inputs")
+        tokens = _tokens_of(answered, per_token=per_token)
+        answer = self._answer(answered.example, tokens, choice)
+        first = len(context.tokens)
+        row = Row(
+            {"input_ids": np.concatenate([context.tokens, tokens])},
+            select=np.arange(first - 1, first - 1 + len(tokens)),
+            source=context.encoded,
+        )
+        self._check_length(row.cost, first)
+        places = [(first + index, int(token)) for index, token in enumerate(tokens)]
+        return Subject(
+            row,
+            LogProbability(torch.from_numpy(tokens), per_token),
+            target_array(places if per_token else [(-1, -1)]),
+            self._names(answer, tokens) if per_token else (WHOLE,),
+            kept=self._kept(context),
+            answer=answer,
+        )
+
+    def _check_length(self, tokens: int, of_prompt: int) -> None:
+        most = self.task.model.encoder.max_tokens
+        if tokens > most:
+            raise InvalidRequest(
+                f"a prompt of {of_prompt} tokens and an answer of {tokens - of_prompt}, expected at most {most} "
+                "together @ explain.target"
+            )
+
+    def _names(self, answer: AnswerText, tokens: IntArray) -> tuple[str, ...]:
+        """What each token writes; where it writes nothing, as the tokenizer calls it."""
+        names = self.task.model.encoder.tokenizer.convert_ids_to_tokens(tokens.tolist())
+        written = [answer.text[start:end].strip() if start >= 0 else "" for start, end in answer.spans.tolist()]
+        return tuple(text or name for text, name in zip(written, names, strict=True))
+
+    # -- what is never absent --------------------------------------------------------------------
+
+    def _kept(self, context: PromptContext) -> BoolArray:
+        """Special tokens, also those that are written in the text, and what a chat's template adds."""
+        tokenizer = self.task.model.encoder.tokenizer
+        unknown = {tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id}
+        kept: BoolArray = np.isin(context.tokens, list(set(tokenizer.all_special_ids) - unknown))
+        offsets = getattr(context.encoded and context.encoded.encoding, "offsets", None)
+        if isinstance(context.source, Chat) and offsets is not None:
+            assert context.encoded is not None
+            contents = contents_in(str(context.encoded.text), context.source, tokenizer)
+            if contents is not None:
+                kept |= ~_within(np.asarray(offsets).reshape(-1, 2), contents)
+        return kept
+
+    # -- the answer's text -----------------------------------------------------------------------
+
+    def _answer(self, example: Example, tokens: IntArray, choice: Choice) -> AnswerText:
+        if isinstance(choice, str) and not predicted(choice, ()):
+            return AnswerText(choice, self._continued(example, choice)[1])
+        return self._spelled(example.context, tokens)
+
+    def _continued(self, example: Example, text: str) -> tuple[IntArray, IntArray]:
+        """The tokens of a text behind a prompt, and where in the text they are.
+
+        As the tokenizer writes it behind the prompt's text, if that leaves the prompt's tokens as they are;
+        else by itself.
+        """
+        encoder, context = self.task.model.encoder, example.context
+        before = context.encoded.text if isinstance(context.encoded, Source) else ""
+        for special in (True, False):
+            (both,) = encoder.encode([before + text], special=special, limited=False)
+            count = len(context.tokens)
+            if before and len(both.ids) > count and both.ids[:count] == context.tokens.tolist():
+                return _ids_and_spans(both, count, len(before))
+        (alone,) = encoder.encode([text], special=False, limited=False, where="explain.target")
+        return _ids_and_spans(alone, 0, 0)
+
+    def _spelled(self, context: PromptContext, tokens: IntArray) -> AnswerText:
+        """The text that the tokens come to, each with what it makes certain."""
+        tokenizer = self.task.model.encoder.tokenizer
+
+        def decode(ids: Sequence[int]) -> str:
+            return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+        stream = TextStream(decode, context=context.tokens[-CONTEXT_TOKENS:].tolist())
+        text, ends = "", [0]
+        for token in tokens.tolist():
+            text += stream.push(token)
+            ends.append(len(text))
+        text += stream.finish()
+        ends[-1] = len(text)
+        return AnswerText(text, _or_nowhere(np.array([ends[:-1], ends[1:]], dtype=np.int64).T))
+
+
+def _as_outputs(tokens: IntArray) -> dict[str, IntArray]:
+    """In the form of `generation.generate`."""
+    finish = np.array([FINISH_REASONS.index(FinishReason.LENGTH)], dtype=np.int64)
+    return {"sequences": tokens[None], "lengths": np.array([len(tokens)], dtype=np.int64), "finish": finish}
+
+
+def _tokens_of(answered: Answered, *, per_token: bool) -> IntArray:
+    """Of the one answer. Raises `InvalidRequest` for several, or for one that is too long."""
+    (outputs,) = answered.outputs
+    if len(outputs["lengths"]) > 1:
+        raise InvalidRequest(
+            f"{len(outputs['lengths'])} answers, expected one to explain @ num_return_sequences"
+        )
+    tokens: IntArray = outputs["sequences"][0, : outputs["lengths"][0]]
+    most = MOST_SCORES if per_token else MOST_TOKENS
+    if not len(tokens):
+        raise DeadlineExceeded("no token within the time allowed, expected one by then @ timeout_ms")
+    if len(tokens) > most:
+        raise InvalidRequest(
+            f"an answer of {len(tokens)} tokens, expected at most {most} to explain"
+            f"{' token by token' if per_token else ''}: ask for fewer @ max_new_tokens"
+        )
+    return tokens
+
+
+def _ids_and_spans(encoding: Encoding, first: int, character: int) -> tuple[IntArray, IntArray]:
+    """The tokens from `first` on, and where they are in the text that begins at that character."""
+    ids = np.asarray(encoding.ids[first:], dtype=np.int64)
+    if not hasattr(encoding, "offsets"):
+        return ids, np.full((len(ids), 2), -1, dtype=np.int64)
+    offsets = np.asarray(encoding.offsets[first:], dtype=np.int64).reshape(-1, 2) - character
+    return ids, _or_nowhere(np.maximum(offsets, 0))
+
+
+def _or_nowhere(spans: IntArray) -> IntArray:
+    """Spans of nothing become -1."""
+    spans[spans[:, 0] >= spans[:, 1]] = -1
+    return spans
+
+
+def _within(offsets: IntArray, contents: Sequence[tuple[int, int]]) -> BoolArray:
+    """[tokens], which reach into one of the contents."""
+    inside = np.zeros(len(offsets), dtype=np.bool_)
+    for start, end in contents:
+        inside |= (offsets[:, 0] < end) & (offsets[:, 1] > start)
+    return inside
