@@ -169,7 +169,10 @@ class Generator:
             self._scheduler.check_admission(1, 1)
 
     def wait_until_idle(self, seconds: float) -> bool:
-        """Hold the calling thread while sequences run or wait, for so long at most; whether there are none."""
+        """Hold the calling thread while sequences run or wait, for so long at most.
+
+        Whether there are none now.
+        """
         return self._idle.wait(seconds)
 
     @property

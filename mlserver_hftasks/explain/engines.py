@@ -1,8 +1,8 @@
 """What runs the rows of an explainer, and what they make way for.
 
-Of a task that runs rows, explanations run beside the predictions: gradients on a thread of their own, the rest
-in the background of the predictions' engine. Of a task that generates they run on threads of their own, and
-stop while anything is generated.
+Of a task that runs rows, explanations run beside the predictions: gradients on a thread of their own, the
+rest in the background of the predictions' engine. Of a task that generates they run on threads of their own,
+and stop while anything is generated.
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ class PredictingEngines(Engines):
 class GeneratingEngines(Engines):
     """Beside the engines of a model that generates.
 
-    `scoring` runs `ScoredRow`s, and has its gradients already if it has any. `generator` takes prompts, `batcher`
-    what that does not take.
+    `scoring` runs `ScoredRow`s, and has its gradients already if it has any. `generator` takes prompts,
+    `batcher` what that does not take.
     """
 
     def __init__(
@@ -169,9 +169,7 @@ class GeneratingEngines(Engines):
             return regrouped([example], await generator.run(prompts))
 
 
-def scoring_of(
-    make: Callable[[Callable[[], object]], Backend], *foreground: Foreground | None
-) -> Backend:
+def scoring_of(make: Callable[[Callable[[], object]], Backend], *foreground: Foreground | None) -> Backend:
     """The scoring backend that `make` makes, with its gradients, which makes way from the beginning on."""
     scoring = make(pause_for(*foreground))
     if isinstance(scoring, Differentiable):

@@ -1,8 +1,8 @@
 """How likely a model that generates finds answers that are there already, and gradients of that.
 
-The generating engine keeps keys and values, and gives the logits after a sequence's last token. Here a prompt and
-its answer run as one row in one pass, packed with others, through a clone of the model's modules that shares the
-weights: what generates is not touched.
+The generating engine keeps keys and values, and gives the logits after a sequence's last token. Here a prompt
+and its answer run as one row in one pass, packed with others, through a clone of the model's modules that
+shares the weights: what generates is not touched.
 """
 
 from __future__ import annotations

@@ -53,7 +53,10 @@ class Explains(Protocol):
         options: ExplainOptions,
         answered: Sequence[Answered] | None = None,
     ) -> list[Explanation]:
-        """One explanation per item; `answered`, what the model says of each, if known. Raises `HFTasksError`."""
+        """One explanation per item; `answered` is what the model says of each, if that is known.
+
+        Raises `HFTasksError`.
+        """
 
     async def close(self) -> None:
         """Fail what still waits."""

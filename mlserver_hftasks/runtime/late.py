@@ -53,7 +53,7 @@ class LateExplainer(Generic[T]):
         options: ExplainOptions,
         answered: Sequence[Answered] | None = None,
     ) -> list[Explanation]:
-        """See `Explainer.explain`. Where the deadline passes before there is an explainer, that is too late."""
+        """See `Explainer.explain`; raises `DeadlineExceeded` also if there is no explainer by then."""
         if not self._methods:
             raise cannot_explain(options.method, (), self._task_name)
         began = time.monotonic()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,7 +67,7 @@ class TextGenerationTargets(Targets[TextGeneration, TextGenerationParameters]):
 
     def answering(self, parameters: TextGenerationParameters) -> TextGenerationParameters:
         """The most likely tokens, and not many, unless the request says otherwise."""
-        usual = {}
+        usual: dict[str, Any] = {}
         if parameters.do_sample is None:
             usual["do_sample"] = False
         if parameters.max_new_tokens is None and parameters.max_length is None:
@@ -131,14 +132,16 @@ class TextGenerationTargets(Targets[TextGeneration, TextGenerationParameters]):
         most = self.task.model.encoder.max_tokens
         if tokens > most:
             raise InvalidRequest(
-                f"a prompt of {of_prompt} tokens and an answer of {tokens - of_prompt}, expected at most {most} "
-                "together @ explain.target"
+                f"a prompt of {of_prompt} tokens and an answer of {tokens - of_prompt}, expected at most "
+                f"{most} together @ explain.target"
             )
 
     def _names(self, answer: AnswerText, tokens: IntArray) -> tuple[str, ...]:
         """What each token writes; where it writes nothing, as the tokenizer calls it."""
         names = self.task.model.encoder.tokenizer.convert_ids_to_tokens(tokens.tolist())
-        written = [answer.text[start:end].strip() if start >= 0 else "" for start, end in answer.spans.tolist()]
+        written = [
+            answer.text[start:end].strip() if start >= 0 else "" for start, end in answer.spans.tolist()
+        ]
         return tuple(text or name for text, name in zip(written, names, strict=True))
 
     # -- what is never absent --------------------------------------------------------------------
@@ -170,7 +173,7 @@ class TextGenerationTargets(Targets[TextGeneration, TextGenerationParameters]):
         else by itself.
         """
         encoder, context = self.task.model.encoder, example.context
-        before = context.encoded.text if isinstance(context.encoded, Source) else ""
+        before = str(context.encoded.text) if isinstance(context.encoded, Source) else ""
         for special in (True, False):
             (both,) = encoder.encode([before + text], special=special, limited=False)
             count = len(context.tokens)

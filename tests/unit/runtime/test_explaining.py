@@ -48,7 +48,11 @@ class FakeExplainer:
         self.closed = False
 
     async def explain(
-        self, inputs: Mapping[str, Sequence[Any]], parameters: Any, options: ExplainOptions, answered: Any = None
+        self,
+        inputs: Mapping[str, Sequence[Any]],
+        parameters: Any,
+        options: ExplainOptions,
+        answered: Any = None,
     ) -> list[Explanation]:
         self.asked.append((dict(inputs), parameters, options))
         self.answered = answered
