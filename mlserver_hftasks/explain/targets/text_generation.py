@@ -109,7 +109,9 @@ class TextGenerationTargets(Targets[TextGeneration, TextGenerationParameters]):
         context: PromptContext = answered.example.context
         if context.encoded is None:
             raise InvalidRequest("an empty prompt, expected at least one token to explain @ inputs")
-        tokens = _tokens_of(answered, per_token=per_token)
+        given = isinstance(choice, str) and not predicted(choice, ())
+        where = "explain.target" if given else "max_new_tokens"
+        tokens = _tokens_of(answered, where, per_token=per_token)
         answer = self._answer(answered.example, tokens, choice)
         first = len(context.tokens)
         row = Row(
@@ -205,7 +207,7 @@ def _as_outputs(tokens: IntArray) -> dict[str, IntArray]:
     return {"sequences": tokens[None], "lengths": np.array([len(tokens)], dtype=np.int64), "finish": finish}
 
 
-def _tokens_of(answered: Answered, *, per_token: bool) -> IntArray:
+def _tokens_of(answered: Answered, where: str, *, per_token: bool) -> IntArray:
     """Of the one answer. Raises `InvalidRequest` for several, or for one that is too long."""
     (outputs,) = answered.outputs
     if len(outputs["lengths"]) > 1:
@@ -219,7 +221,7 @@ def _tokens_of(answered: Answered, *, per_token: bool) -> IntArray:
     if len(tokens) > most:
         raise InvalidRequest(
             f"an answer of {len(tokens)} tokens, expected at most {most} to explain"
-            f"{' token by token' if per_token else ''}: ask for fewer @ max_new_tokens"
+            f"{' token by token' if per_token else ''} @ {where}"
         )
     return tokens
 
