@@ -31,6 +31,17 @@ def check_uri(uri: str, environment: Mapping[str, str]) -> str:
     return uri
 
 
+def metadata_uri(uri: str, environment: Mapping[str, str]) -> str | None:
+    """Where the model behind an `infer_uri` says what it takes, if the environment allows that too."""
+    model, ends, _ = uri.rpartition("/infer")
+    if not ends:
+        return None
+    try:
+        return check_uri(model, environment)
+    except InvalidSettings:
+        return None
+
+
 def _parts(uri: str) -> SplitResult | None:
     try:
         parts = urlsplit(uri)

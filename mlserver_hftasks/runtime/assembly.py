@@ -6,6 +6,7 @@ program is ready before torch is imported.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +22,7 @@ from mlserver_hftasks.engine.generator import Generator
 from mlserver_hftasks.engine.scheduler import Scheduler
 from mlserver_hftasks.engine.steps import StepScheduler
 from mlserver_hftasks.errors import InvalidSettings
+from mlserver_hftasks.explain.allowed import metadata_uri
 from mlserver_hftasks.explain.methods import masking, path
 from mlserver_hftasks.explain.targets import TARGETS
 from mlserver_hftasks.loading import Served
@@ -91,10 +93,16 @@ def prepare_explaining(served: Served) -> None:
 
 def explaining_another(settings: Settings, infer_uri: str, metrics: ModelMetrics) -> AnsweringService:
     """Explanations of a model on another server, and nothing else. Made on the event loop that will await."""
-    from mlserver_hftasks.explain.black_box import SIGNATURE, BlackBoxExplainer
+    from mlserver_hftasks.explain.black_box import BlackBoxExplainer
     from mlserver_hftasks.explain.remote import RemoteModel
+    from mlserver_hftasks.explain.words import SIGNATURE
 
-    model = RemoteModel(infer_uri, input_name=settings.infer_input, output_name=settings.infer_output)
+    model = RemoteModel(
+        infer_uri,
+        input_name=settings.infer_input,
+        output_name=settings.infer_output,
+        metadata_uri=metadata_uri(infer_uri, os.environ),
+    )
     limits = ItemLimits(settings.max_items, settings.max_text_chars)
     explainer = BlackBoxExplainer(
         model,

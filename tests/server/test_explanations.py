@@ -472,6 +472,37 @@ def test_numbers_of_another_server(server: Server) -> None:
         assert record["evaluations"] <= 60
 
 
+def test_pairs_and_questions_of_another_server(server: Server) -> None:
+    pair = [*texts("the museum", name="text"), *texts("was quiet", name="text_pair")]
+    with server.having("why-pairs", black_box(server, "sentiment")) as loaded:
+        assert loaded.status_code == 200, loaded.text
+        (record,) = records_of(server.infer("why-pairs", pair, method="occlusion"))
+        (prediction,) = server.results("sentiment", pair)
+        assert record["targets"][0]["label"] == prediction["label"]
+        assert record["targets"][0]["score"] == pytest.approx(prediction["score"], abs=1e-6)
+        assert record["texts"] == ["the museum", "was quiet"]
+        assert record["sequence_ids"] == [0, 0, 1, 1]
+        (without,) = server.results("sentiment", [*texts("the", name="text"), pair[1]], top_k=2)[:1]
+        left = next(entry["score"] for entry in without if entry["label"] == prediction["label"])
+        assert record["importances"][1] == pytest.approx(prediction["score"] - left, abs=1e-5)
+    question = {"question": "What was quiet?", "context": TEXT}
+    with server.having("why-answers", black_box(server, "answers")) as loaded:
+        assert loaded.status_code == 200, loaded.text
+        body = {"instances": [question], "parameters": {"method": "occlusion"}}
+        (one,) = server.client.post("/v1/models/why-answers:explain", json=body).json()["explanations"]
+        inputs = [*texts(question["question"], name="question"), *texts(TEXT, name="context")]
+        answers = server.results("answers", inputs, top_k=20)
+        best = max({answer["answer"] for answer in answers}, key=lambda text: _total(answers, text))
+        assert one["targets"][0]["label"] == best
+        assert one["targets"][0]["score"] == pytest.approx(_total(answers, best), abs=1e-6)
+        assert one["texts"] == [question["question"], TEXT]
+        assert any(one["importances"])
+
+
+def _total(answers: Any, text: str) -> float:
+    return sum(float(answer["score"]) for answer in answers if answer["answer"] == text)
+
+
 def test_another_server_that_is_not_there(server: Server, sentiment_folder: Path) -> None:
     gone = Model(None, {"mode": "explain", "infer_uri": "http://127.0.0.1:1/v2/models/m/infer"})
     with server.having("why-nobody", gone):
