@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from benchmarks.explanations import interference, speed, torchserve
+from benchmarks.explanations import answers, interference, speed, torchserve
 from benchmarks.report import Findings
 from benchmarks.session import Session
 
@@ -13,5 +13,6 @@ EXPERIMENTS: Mapping[str, Callable[[Session], Findings]] = {
     "speed": speed.measure,
     "torchserve": torchserve.measure,
     "interference": interference.measure,
+    "answers": answers.measure,
 }
 QUICK = ("speed", "interference")
