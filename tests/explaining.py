@@ -62,5 +62,5 @@ def engines_of(served: Served, batcher: Batcher, generator: Generator | None) ->
     """As the server makes them."""
     if served.scoring is None:
         return PredictingEngines(served.backend, batcher, gradients_of(served.task, served.backend))
-    scoring = scoring_of(served.scoring, batcher, generator)
+    scoring = scoring_of(served.scoring.make, batcher, generator)
     return GeneratingEngines(scoring, batcher, generator)

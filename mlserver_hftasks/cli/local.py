@@ -56,7 +56,7 @@ async def _explainer(served: Served) -> AsyncIterator[Explainer]:
 def _engines(served: Served, batcher: Batcher, generator: Generator | None) -> Engines:
     if served.scoring is None:
         return PredictingEngines(served.backend, batcher, gradients_of(served.task, served.backend))
-    return GeneratingEngines(scoring_of(served.scoring, batcher, generator), batcher, generator)
+    return GeneratingEngines(scoring_of(served.scoring.make, batcher, generator), batcher, generator)
 
 
 def _inputs(served: Served, items: Sequence[Any]) -> dict[str, list[Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -59,10 +60,10 @@ def _scoring(
     except Exception as error:  # whatever an architecture makes of being copied
         logger.info("%s cannot be explained: %r", type(model).__name__, error)
         return None
-    return lambda pause: ScoringBackend(
-        with_shared_weights(twin),
-        device=device,
-        pad_token_id=pad_token_id,
-        probe=probe_rows(encoder),
-        pause=pause,
-    )
+
+    def make(pause: Callable[[], object]) -> ScoringBackend:
+        own = with_shared_weights(twin)
+        probe = probe_rows(encoder)
+        return ScoringBackend(own, device=device, pad_token_id=pad_token_id, probe=probe, pause=pause)
+
+    return Scoring(make, gradients=True)

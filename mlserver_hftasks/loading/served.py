@@ -21,8 +21,16 @@ if TYPE_CHECKING:
 
     from mlserver_hftasks.generation.decoder import TorchDecoder
 
-Scoring = Callable[[Callable[[], object]], Backend]
-"""Makes, with its `pause`, what says how likely answers are; see `generation.scoring`."""
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """What says how likely a model that generates finds answers; see `generation.scoring`."""
+
+    make: Callable[[Callable[[], object]], Backend]
+    """Of its `pause`; takes a while."""
+    gradients: bool
+    """Whether it may have some."""
+
 
 TASK_OF_HEAD = {
     "ForSequenceClassification": "text-classification",
@@ -47,7 +55,7 @@ class Served:
     decoder: TorchDecoder | None = None
     """Steps through what is generated, where the model fits; `backend` runs the rest."""
     scoring: Scoring | None = None
-    """For explanations of a model that generates; a call takes a while."""
+    """Of a model that generates; None if there is nothing to explain its answers by."""
 
     @property
     def description(self) -> Description:

@@ -38,8 +38,11 @@ from mlserver_hftasks.tasks.signature import Signature
 if TYPE_CHECKING:
     from mlserver_hftasks.explain.engines import Engines
 
-METHODS = ("auto", *path.METHODS, *masking.METHODS)
-"""By which a model can be explained that has gradients."""
+METHODS = {
+    True: ("auto", *path.METHODS, *masking.METHODS),
+    False: ("auto", *masking.METHODS),
+}
+"""By which a model can be explained, with gradients and without."""
 
 
 def answering(
@@ -127,10 +130,11 @@ class _Parts:
     def explainer(self) -> Explains:
         """Ready, or to be made when it is first asked, where that takes long or needs torch."""
         if self.served.task.head.generates:
-            methods = METHODS if explains(self.served) else ()
+            scoring = self.served.scoring
+            methods = METHODS[scoring.gradients] if scoring and explains(self.served) else ()
             return LateExplainer(self.served.task.name, methods, self._scoring, self._generating)
         if isinstance(self.served.backend, ProgramBackend):
-            methods = ("auto", *masking.METHODS) if explains(self.served) else ()
+            methods = METHODS[False] if explains(self.served) else ()
             late = partial(import_module, "mlserver_hftasks.explain.explainer")
             return LateExplainer(self.served.task.name, methods, late, lambda module: self._predicting())
         return self._predicting()
@@ -156,7 +160,7 @@ class _Parts:
 
         assert self.served.scoring is not None
         self.on_thread_start()
-        return scoring_of(self.served.scoring, self.batcher, self.generator)
+        return scoring_of(self.served.scoring.make, self.batcher, self.generator)
 
     def _generating(self, scoring: Backend) -> Explains:
         from mlserver_hftasks.explain.engines import GeneratingEngines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import threading
 import time
@@ -24,7 +25,10 @@ from mlserver_hftasks.explain.reading import Reading
 from mlserver_hftasks.explain.record import json_of
 from mlserver_hftasks.explain.result import Explanation
 from mlserver_hftasks.explain.targets.text_generation import MOST_SCORES, MOST_TOKENS, USUAL_TOKENS
+from mlserver_hftasks.generation.decoder import TorchDecoder
+from mlserver_hftasks.generation.stepped_scoring import SteppedScoring
 from mlserver_hftasks.loading import Served
+from mlserver_hftasks.loading.served import Scoring
 from tests import tiny
 from tests.explaining import explaining
 from tests.harness import serve
@@ -318,6 +322,32 @@ async def test_a_model_without_gradients(monkeypatch: pytest.MonkeyPatch) -> Non
         assert_sound(one)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+async def test_a_decoder_that_only_steps(architecture: str) -> None:
+    """A program's: its prompts in one piece, answers token by token."""
+    model = served(architecture)
+    assert model.decoder is not None
+    plain_model = transformers.AutoModelForCausalLM.from_pretrained(tiny.folder(architecture, "causal"))
+    few = TorchDecoder(plain_model, device=torch.device("cpu"), cache_tokens=40)
+    stepped = dataclasses.replace(
+        model, scoring=Scoring(lambda pause: SteppedScoring(few, pause), gradients=False)
+    )
+    options = {"method": "permutation-shap", "max_evals": 40}
+    async with explaining(model) as explain:
+        whole = await explain({"text_inputs": PROMPTS}, FEW, **options)
+        each = await explain({"text_inputs": PROMPTS}, FEW, per_token=True, **options)
+    async with explaining(stepped) as explain:
+        assert explain.explainer.methods == ("auto", "occlusion", "permutation-shap")
+        for expected, got in zip(
+            whole, await explain({"text_inputs": PROMPTS}, FEW, max_evals=40), strict=True
+        ):
+            assert (got.method, got.tokens) == ("permutation-shap", expected.tokens)
+            np.testing.assert_allclose(got.attributions, expected.attributions, atol=1e-4, rtol=1e-3)
+        again = await explain({"text_inputs": PROMPTS}, FEW, per_token=True, **options)
+    for expected, got in zip(each, again, strict=True):
+        np.testing.assert_allclose(got.attributions, expected.attributions, atol=1e-4, rtol=1e-3)
+
+
 # -- time, and those who generate ----------------------------------------------------------------
 
 SLOW = {"n_embd": 128, "n_layer": 6, "n_inner": 512}
@@ -371,7 +401,7 @@ async def test_who_generates_gets_the_same_meanwhile(architecture: str) -> None:
 def test_the_clone_shares_the_weights() -> None:
     model = served("gpt2")
     assert model.scoring is not None and model.decoder is not None
-    scoring = model.scoring(lambda: None)
+    scoring = model.scoring.make(lambda: None)
     own = dict(model.decoder._model.named_parameters())
     cloned = dict(scoring._backend._model.named_parameters())  # type: ignore[attr-defined]
     assert own.keys() == cloned.keys()
