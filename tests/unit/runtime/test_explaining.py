@@ -157,6 +157,16 @@ async def test_explain_beside_a_prediction(asked: Any, options: dict[str, Any]) 
     (predicted,) = desk.predictions.asked
     assert predicted.parameters is not None
     assert predicted.parameters.model_extra == {"top_k": 2}
+    assert desk.explainer.answered == ["what it says"]  # not asked again
+
+
+async def test_without_a_prediction_nothing_is_known_of_it() -> None:
+    desk = Desk()
+    await desk.ask(mode="explain")
+    assert desk.explainer.answered is None
+    await desk.ask(explain=True, outputs=["attributions"])
+    assert desk.explainer.answered is None
+    assert not desk.predictions.asked
 
 
 async def test_explain_as_a_tensor() -> None:
