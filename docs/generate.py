@@ -44,8 +44,8 @@ a request parameter. Unknown names are refused.
 """
 EXPLANATIONS_INTRODUCTION = """## Explanations
 
-What these tasks say, save feature-extraction and those with an encoder before their decoder, is explained
-on request: see [explanations.md](explanations.md). The options, and the outputs of `n` items:
+What any of these tasks says, save feature-extraction, is explained on request: see
+[explanations.md](explanations.md). The options, and the outputs of `n` items:
 """
 
 

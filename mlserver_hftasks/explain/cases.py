@@ -49,7 +49,8 @@ class Case:
     def masked_row(self, features: BoolArray, absent: int) -> ScoredRow:
         """The item's row with some features only, and another token in the places of the others."""
         row, present = self.subject.row, self.tokens.spread(features)
-        ids = np.where(present, row.arrays["input_ids"], absent)
+        ids = row.arrays["input_ids"]
+        ids = np.where(present[: len(ids)], ids, absent)
         return ScoredRow(
             {**row.arrays, "input_ids": ids},
             (row.key, row.select is not None),

@@ -53,7 +53,7 @@ class ExplainOptions(CheckedModel):
         "be similar to, of text-generation the continuation",
     )
     per_token: bool = Field(
-        False, description="of text-generation each token of the answer by itself, in place of the whole"
+        False, description="of tasks that answer with text each token of the answer, in place of the whole"
     )
     baseline: Annotated[Baseline, BeforeValidator(_as_name)] = Field(
         "auto",

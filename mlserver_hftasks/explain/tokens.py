@@ -75,8 +75,10 @@ def tokens_of(subject: Subject, tokenizer: Any, level: Literal["token", "word"])
             for numbers, fill in ((kept, True), (words, -1), (sequences, ANSWER))
         )
         texts = (*texts, subject.answer.text)
+    ids = row.arrays["input_ids"][: len(chosen)].tolist()
+    ids += [] if subject.answer is None else subject.answer.ids.tolist()
     return Tokens(
-        names=tuple(tokenizer.convert_ids_to_tokens(row.arrays["input_ids"].tolist())),
+        names=tuple(tokenizer.convert_ids_to_tokens(ids)),
         offsets=_offsets(spans, sequences, texts),
         word_ids=words,
         sequence_ids=sequences,

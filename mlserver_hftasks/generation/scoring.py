@@ -14,8 +14,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from mlserver_hftasks.backends.base import Head, Level
+from mlserver_hftasks.backends import feeds
+from mlserver_hftasks.backends.base import Description, Head, Level
 from mlserver_hftasks.backends.gradients import PathBackend, ScoredRow, products_of
+from mlserver_hftasks.backends.placed import moved
 from mlserver_hftasks.backends.torch import TorchBackend
 from mlserver_hftasks.engine.rows import Outputs, Row
 
@@ -88,3 +90,47 @@ class ScoringBackend:
             for index, (row, count) in enumerate(zip(rows, counts, strict=True))
         )
         return [{"score": score.float().cpu().numpy()} for score in scores]
+
+
+class EncodedScoring:
+    """The same over a model whose decoder follows an encoder, in padded batches and without gradients.
+
+    Rows have `decoder_input_ids` [K] beside `input_ids`. `pause` is called after each product.
+    """
+
+    padded = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        device: torch.device,
+        pad_token_id: int,
+        pause: Callable[[], object] = lambda: None,
+    ) -> None:
+        gate = _Gate()
+        gate.pause = pause
+        for module in products_of(model.base_model):
+            module.register_forward_hook(gate)
+        self._model = moved(model.eval().requires_grad_(False), device)
+        self._device = device
+        self._pad_token_id = pad_token_id
+        dtype = str(model.dtype).removeprefix("torch.")
+        self.description = Description("torch", str(device), dtype, "padded")
+
+    @torch.inference_mode()
+    def forward(self, rows: Sequence[Row]) -> Sequence[Outputs]:
+        """See `ScoringBackend`."""
+        scored = [row for row in rows if isinstance(row, ScoredRow)]
+        read = [Row({"input_ids": row.arrays["input_ids"]}) for row in scored]
+        fed = [Row({"input_ids": row.arrays["decoder_input_ids"]}) for row in scored]
+        arrays = feeds.padded(read, self._pad_token_id)
+        arrays["decoder_input_ids"] = feeds.padded(fed, self._pad_token_id)["input_ids"]
+        tensors = {name: torch.from_numpy(array).to(self._device) for name, array in arrays.items()}
+        logits = self._model(**tensors, use_cache=False).logits
+        scores = (row.score({"logits": logits[i, : fed[i].cost]}) for i, row in enumerate(scored))
+        return [{"score": score.float().cpu().numpy()} for score in scores]
+
+    def close(self) -> None:
+        """See `base.Backend`."""
+        del self._model

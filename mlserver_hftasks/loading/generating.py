@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from mlserver_hftasks.backends.base import Backend
 from mlserver_hftasks.generation.generate import GenerateBackend
-from mlserver_hftasks.generation.scoring import ScoringBackend
+from mlserver_hftasks.generation.scoring import EncodedScoring, ScoringBackend
 from mlserver_hftasks.generation.twin import with_shared_weights
 from mlserver_hftasks.loading.decoder import cache_tokens_of, decoder_of
 from mlserver_hftasks.loading.served import Scoring, Served, asked_as, model_facts, probe_rows
@@ -45,7 +46,7 @@ def generating(
         )
     facts = model_facts(settings, config, encoder, source.folder, generation_config=generation_config, **more)
     decoder = decoder_of(model, device, facts.limits.cache_tokens) if decodes else None
-    scoring = _scoring(model, encoder, device, pad_token_id) if decodes else None
+    scoring = _scoring(model, encoder, device, pad_token_id)
     decode = functools.partial(encoder.tokenizer.decode, skip_special_tokens=True)
     backend = GenerateBackend(model, device=device, pad_token_id=pad_token_id, decode=decode)
     return Served(kind(replace(facts, steps=decoder is not None)), backend, decoder, scoring)
@@ -61,9 +62,10 @@ def _scoring(
         logger.info("%s cannot be explained: %r", type(model).__name__, error)
         return None
 
-    def make(pause: Callable[[], object]) -> ScoringBackend:
-        own = with_shared_weights(twin)
-        probe = probe_rows(encoder)
+    def make(pause: Callable[[], object]) -> Backend:
+        own, probe = with_shared_weights(twin), probe_rows(encoder)
+        if own.config.is_encoder_decoder:
+            return EncodedScoring(own, device=device, pad_token_id=pad_token_id, pause=pause)
         return ScoringBackend(own, device=device, pad_token_id=pad_token_id, probe=probe, pause=pause)
 
-    return Scoring(make, gradients=True)
+    return Scoring(make, gradients=not twin.config.is_encoder_decoder)

@@ -74,6 +74,18 @@ class Source:
     """Which tokens of the encoding the row has; None: all."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Marked:
+    """An encoding between special tokens that are not the tokenizer's to add."""
+
+    ids: list[int]
+    special_tokens_mask: list[int]
+    offsets: list[tuple[int, int]]
+    word_ids: list[int | None]
+    sequence_ids: list[int | None]
+    overflowing: tuple[()] = ()
+
+
 class _Traced:
     """An encoding that knows its text."""
 
@@ -94,6 +106,21 @@ class _Traced:
 def source_of(encoding: Encoding) -> Source | None:
     """Where an encoding is from, if it was made by `Encoder.encode`."""
     return Source(encoding.encoding, encoding.text) if isinstance(encoding, _Traced) else None
+
+
+def marked(encoding: Encoding, before: Sequence[int], after: Sequence[int]) -> Encoding:
+    """The encoding with special tokens before and after it."""
+    if not isinstance(encoding, _Traced) or not hasattr(encoding, "offsets"):
+        raise TypeError("marks go around encodings of tokenizers that know words and offsets")
+    first, last = len(before), len(after)
+    around = _Marked(
+        [*before, *encoding.ids, *after],
+        [*[1] * first, *encoding.special_tokens_mask, *[1] * last],
+        [*[(0, 0)] * first, *encoding.offsets, *[(0, 0)] * last],
+        [*[None] * first, *encoding.word_ids, *[None] * last],
+        [*[None] * first, *[0] * len(encoding.ids), *[None] * last],
+    )
+    return _Traced(around, encoding.text)  # type: ignore[return-value]
 
 
 class Encoder:

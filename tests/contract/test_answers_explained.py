@@ -24,7 +24,8 @@ from mlserver_hftasks.explain import engines as engines_module
 from mlserver_hftasks.explain.reading import Reading
 from mlserver_hftasks.explain.record import json_of
 from mlserver_hftasks.explain.result import Explanation
-from mlserver_hftasks.explain.targets.text_generation import MOST_SCORES, MOST_TOKENS, USUAL_TOKENS
+from mlserver_hftasks.explain.targets.answers import MOST_SCORES, MOST_TOKENS
+from mlserver_hftasks.explain.targets.text_generation import USUAL_TOKENS
 from mlserver_hftasks.generation.decoder import TorchDecoder
 from mlserver_hftasks.generation.stepped_scoring import SteppedScoring
 from mlserver_hftasks.loading import Served
@@ -262,6 +263,56 @@ async def test_a_heat_map_per_token() -> None:
     assert html.count("<section") == len(reading.targets) > 3
     assert "<b>was" not in html
     assert '<b class="answer"' in html
+
+
+# -- where a decoder follows an encoder ------------------------------------------------------------
+
+SEQ2SEQ = {
+    "bart": ("summarization", {}),
+    "t5": ("text2text-generation", {"prefix": "say again: "}),
+    "marian": ("translation", {}),
+    "mbart": ("translation", {"src_lang": "en_XX", "tgt_lang": "fr_XX"}),
+}
+
+
+@pytest.mark.parametrize("architecture", SEQ2SEQ)
+async def test_an_answer_to_what_an_encoder_read(architecture: str) -> None:
+    task, parameters = SEQ2SEQ[architecture]
+    folder = tiny.folder(architecture, "seq2seq")  # type: ignore[arg-type]
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
+    some = {**parameters, "max_new_tokens": 6, "num_beams": 1}
+    prefix = parameters.get("prefix", "")
+    async with explaining(serve(folder, task)) as explain:
+        assert explain.explainer.methods == ("auto", "occlusion", "permutation-shap")
+        together = await explain(PROMPTS, some, max_evals=60)
+        for prompt, got in zip(PROMPTS, together, strict=True):
+            assert_sound(got)
+            assert (got.method, got.target_label) == ("permutation-shap", ("answer",))
+            assert got.texts[0] == prefix + prompt
+            own = got.offsets[got.sequence_ids == 0]
+            assert own[:, 0].min() >= len(prefix)
+            assert own[:, 1].max() == len(prefix + prompt)
+            first, tokenizer = got.prompt_tokens, explain.served.task.model.encoder.tokenizer
+            ids = tokenizer.convert_tokens_to_ids(list(got.tokens))
+            read, said = torch.tensor([ids[:first]]), torch.tensor(ids[first:])
+            fed = torch.cat([torch.tensor([explain.served.task.start]), said[:-1]])  # type: ignore[attr-defined]
+            with torch.inference_mode():
+                logits = model(input_ids=read, decoder_input_ids=fed[None]).logits[0]
+            expected = logits.log_softmax(-1).gather(1, said[:, None])[:, 0]
+            np.testing.assert_allclose(got.score, expected.sum(), rtol=1e-4)
+            (alone,) = await explain([prompt], some, max_evals=60)
+            np.testing.assert_allclose(got.attributions, alone.attributions, atol=1e-5, rtol=1e-4)
+            (whole,) = await explain([prompt], some, method="occlusion")
+            (each,) = await explain([prompt], some, method="occlusion", per_token=True)
+            np.testing.assert_allclose(each.score, expected, atol=1e-4)
+            np.testing.assert_allclose(each.attributions.sum(axis=0), whole.attributions[0], atol=1e-4)
+            assert each.target[:, 0].tolist() == list(range(first or 0, len(ids)))
+        (words,) = await explain(PROMPTS[:1], some, max_evals=60, level="word", method="occlusion")
+        assert_sound(words)
+        with pytest.raises(InvalidRequest, match=r"model's own answer is explained @ explain.target"):
+            await explain(PROMPTS[:1], some, target="another")
+        with pytest.raises(InvalidRequest, match="cannot be explained by"):
+            await explain(PROMPTS[:1], some, method="input-x-gradient")
 
 
 # -- what cannot be ------------------------------------------------------------------------------

@@ -299,6 +299,18 @@ def test_a_model_that_only_explains_its_answers(server: Server) -> None:
         assert "per_token" in {each["name"] for each in metadata["inputs"]}
 
 
+def test_answers_of_encoders_with_decoders(server: Server) -> None:
+    folder = tiny.folder("t5", "seq2seq")
+    with server.having("why-t5", Model(folder, {"task": "summarization"})) as loaded:
+        assert loaded.status_code == 200, loaded.text
+        arrays = arrays_of(server.infer("why-t5", texts(TEXT), explain="occlusion", max_length=6))
+        assert_adds_up(arrays)
+        record = json.loads(arrays["explanation"][0, 0])
+        assert record["texts"] == [TEXT, json.loads(arrays["output"][0, 0])["summary_text"]]
+        metadata = server.client.get("/v2/models/why-t5").json()
+        assert metadata["parameters"]["explain_methods"] == "auto, occlusion, permutation-shap"
+
+
 def test_bad_requests_for_answers(server: Server) -> None:
     path, inputs = explain_path("talker"), texts(PROMPT, name="text_inputs")
     assert "@ explain.target" in error_of(post(server, path, inputs, target=7))

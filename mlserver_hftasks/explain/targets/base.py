@@ -30,8 +30,9 @@ Choice = str | int | None
 
 @dataclass(frozen=True, slots=True)
 class AnswerText:
-    """The tokens at the end of a row that are the model's answer to the others. They are never absent."""
+    """The tokens of an answer, at the end of the row or the decoder's own. They are never absent."""
 
+    ids: IntArray
     text: str
     spans: IntArray
     """[tokens, 2], where in the text they are; -1 where nobody knows, or where they write nothing."""

@@ -1,24 +1,30 @@
 """text-generation: how likely the model finds its answer, as a whole or token by token.
 
-The score is the natural logarithm of the probability of the answer's tokens given the prompt and those before
-(as in https://arxiv.org/abs/2312.05491). The answer is that of the request, or a text that
+The answer is that of the request, or a text that
 the client gives. It is part of the row and never absent, so that attributions are those of the prompt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from mlserver_hftasks.engine.rows import IntArray, Row
 from mlserver_hftasks.engine.sequences import FINISH_REASONS, FinishReason
-from mlserver_hftasks.errors import DeadlineExceeded, InvalidRequest
+from mlserver_hftasks.errors import InvalidRequest
 from mlserver_hftasks.explain.result import BoolArray
+from mlserver_hftasks.explain.targets.answers import (
+    WHOLE,
+    LogProbability,
+    control_ids,
+    names_of,
+    or_nowhere,
+    spelled,
+    tokens_of,
+)
 from mlserver_hftasks.explain.targets.base import (
     AnswerText,
     Choice,
@@ -36,30 +42,9 @@ from mlserver_hftasks.tasks.text_generation import (
     TextGeneration,
     TextGenerationParameters,
 )
-from mlserver_hftasks.tasks.text_stream import TextStream
 
 USUAL_TOKENS = 32
 """Most tokens of an answer that is made to be explained, where nobody says how many."""
-MOST_TOKENS = 256
-"""Of an answer that is explained as a whole."""
-MOST_SCORES = 64
-"""Of one that is explained token by token: each takes a backward pass of its own."""
-WHOLE = "answer"
-"""The label of the score of a whole answer."""
-
-
-@dataclass(frozen=True, slots=True)
-class LogProbability:
-    """Of tokens, from the logits before each of them: their sum, or one by one."""
-
-    tokens: Tensor
-    per_token: bool
-
-    def __call__(self, outputs: Mapping[str, Tensor]) -> Tensor:
-        """[1] or [tokens]"""
-        logits = outputs["logits"].float()
-        chosen = logits.gather(1, self.tokens.to(logits.device)[:, None])[:, 0] - logits.logsumexp(dim=1)
-        return chosen if self.per_token else chosen.sum()[None]
 
 
 class TextGenerationTargets(Targets[TextGeneration, TextGenerationParameters]):
@@ -111,9 +96,9 @@ class TextGenerationTargets(Targets[TextGeneration, TextGenerationParameters]):
             raise InvalidRequest("an empty prompt, expected at least one token to explain @ inputs")
         given = isinstance(choice, str) and not predicted(choice, ())
         where = "explain.target" if given else "max_new_tokens"
-        tokens = _tokens_of(answered, where, per_token=per_token)
+        tokens = tokens_of(answered, where, per_token=per_token)
         answer = self._answer(answered.example, tokens, choice)
-        first = len(context.tokens)
+        tokenizer, first = self.task.model.encoder.tokenizer, len(context.tokens)
         row = Row(
             {"input_ids": np.concatenate([context.tokens, tokens])},
             select=np.arange(first - 1, first - 1 + len(tokens)),
@@ -125,7 +110,7 @@ class TextGenerationTargets(Targets[TextGeneration, TextGenerationParameters]):
             row,
             LogProbability(torch.from_numpy(tokens), per_token),
             target_array(places if per_token else [(-1, -1)]),
-            self._names(answer, tokens) if per_token else (WHOLE,),
+            names_of(answer, tokenizer) if per_token else (WHOLE,),
             kept=self._kept(context),
             answer=answer,
         )
@@ -138,21 +123,12 @@ class TextGenerationTargets(Targets[TextGeneration, TextGenerationParameters]):
                 f"{most} together @ explain.target"
             )
 
-    def _names(self, answer: AnswerText, tokens: IntArray) -> tuple[str, ...]:
-        """What each token writes; where it writes nothing, as the tokenizer calls it."""
-        names = self.task.model.encoder.tokenizer.convert_ids_to_tokens(tokens.tolist())
-        written = [
-            answer.text[start:end].strip() if start >= 0 else "" for start, end in answer.spans.tolist()
-        ]
-        return tuple(text or name for text, name in zip(written, names, strict=True))
-
     # -- what is never absent --------------------------------------------------------------------
 
     def _kept(self, context: PromptContext) -> BoolArray:
         """Special tokens, also those that are written in the text, and what a chat's template adds."""
         tokenizer = self.task.model.encoder.tokenizer
-        unknown = {tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id}
-        kept: BoolArray = np.isin(context.tokens, list(set(tokenizer.all_special_ids) - unknown))
+        kept: BoolArray = np.isin(context.tokens, control_ids(tokenizer))
         offsets = getattr(context.encoded and context.encoded.encoding, "offsets", None)
         if isinstance(context.source, Chat) and offsets is not None:
             assert context.encoded is not None
@@ -165,8 +141,9 @@ class TextGenerationTargets(Targets[TextGeneration, TextGenerationParameters]):
 
     def _answer(self, example: Example, tokens: IntArray, choice: Choice) -> AnswerText:
         if isinstance(choice, str) and not predicted(choice, ()):
-            return AnswerText(choice, self._continued(example, choice)[1])
-        return self._spelled(example.context, tokens)
+            return AnswerText(tokens, choice, self._continued(example, choice)[1])
+        context = example.context.tokens[-CONTEXT_TOKENS:].tolist()
+        return spelled(tokens, self.task.model.encoder.tokenizer, context)
 
     def _continued(self, example: Example, text: str) -> tuple[IntArray, IntArray]:
         """The tokens of a text behind a prompt, and where in the text they are.
@@ -184,46 +161,11 @@ class TextGenerationTargets(Targets[TextGeneration, TextGenerationParameters]):
         (alone,) = encoder.encode([text], special=False, limited=False, where="explain.target")
         return _ids_and_spans(alone, 0, 0)
 
-    def _spelled(self, context: PromptContext, tokens: IntArray) -> AnswerText:
-        """The text that the tokens come to, each with what it makes certain."""
-        tokenizer = self.task.model.encoder.tokenizer
-
-        def decode(ids: Sequence[int]) -> str:
-            return str(tokenizer.decode(ids, skip_special_tokens=True))
-
-        stream = TextStream(decode, context=context.tokens[-CONTEXT_TOKENS:].tolist())
-        text, ends = "", [0]
-        for token in tokens.tolist():
-            text += stream.push(token)
-            ends.append(len(text))
-        text += stream.finish()
-        ends[-1] = len(text)
-        return AnswerText(text, _or_nowhere(np.array([ends[:-1], ends[1:]], dtype=np.int64).T))
-
 
 def _as_outputs(tokens: IntArray) -> dict[str, IntArray]:
     """In the form of `generation.generate`."""
     finish = np.array([FINISH_REASONS.index(FinishReason.LENGTH)], dtype=np.int64)
     return {"sequences": tokens[None], "lengths": np.array([len(tokens)], dtype=np.int64), "finish": finish}
-
-
-def _tokens_of(answered: Answered, where: str, *, per_token: bool) -> IntArray:
-    """Of the one answer. Raises `InvalidRequest` for several, or for one that is too long."""
-    (outputs,) = answered.outputs
-    if len(outputs["lengths"]) > 1:
-        raise InvalidRequest(
-            f"{len(outputs['lengths'])} answers, expected one to explain @ num_return_sequences"
-        )
-    tokens: IntArray = outputs["sequences"][0, : outputs["lengths"][0]]
-    most = MOST_SCORES if per_token else MOST_TOKENS
-    if not len(tokens):
-        raise DeadlineExceeded("no token within the time allowed, expected one by then @ timeout_ms")
-    if len(tokens) > most:
-        raise InvalidRequest(
-            f"an answer of {len(tokens)} tokens, expected at most {most} to explain"
-            f"{' token by token' if per_token else ''} @ {where}"
-        )
-    return tokens
 
 
 def _ids_and_spans(encoding: Encoding, first: int, character: int) -> tuple[IntArray, IntArray]:
@@ -232,13 +174,7 @@ def _ids_and_spans(encoding: Encoding, first: int, character: int) -> tuple[IntA
     if not hasattr(encoding, "offsets"):
         return ids, np.full((len(ids), 2), -1, dtype=np.int64)
     offsets = np.asarray(encoding.offsets[first:], dtype=np.int64).reshape(-1, 2) - character
-    return ids, _or_nowhere(np.maximum(offsets, 0))
-
-
-def _or_nowhere(spans: IntArray) -> IntArray:
-    """Spans of nothing become -1."""
-    spans[spans[:, 0] >= spans[:, 1]] = -1
-    return spans
+    return ids, or_nowhere(np.maximum(offsets, 0))
 
 
 def _within(offsets: IntArray, contents: Sequence[tuple[int, int]]) -> BoolArray:
