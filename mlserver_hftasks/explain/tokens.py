@@ -95,7 +95,8 @@ def merged(tokens: Tokens) -> tuple[Tokens, list[IntArray]]:
     groups = sorted([*tokens.groups, *alone], key=lambda group: int(group[0]))
     firsts = np.array([group[0] for group in groups])
     lasts = np.array([group[-1] for group in groups])
-    offsets = np.stack([tokens.offsets[firsts, 0], tokens.offsets[lasts, 1]], axis=1)
+    spans = np.stack([tokens.offsets[firsts, 0], tokens.offsets[lasts, 1]], axis=1)
+    offsets = _offsets(spans, tokens.sequence_ids[firsts], tokens.texts)
     kept = tokens.kept[firsts]
     words = Tokens(
         names=tuple(_name(tokens, group, offsets[index]) for index, group in enumerate(groups)),
