@@ -6,13 +6,13 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
+from mlserver_hftasks.cli.local import engines_of
 from mlserver_hftasks.engine.batcher import Batcher
 from mlserver_hftasks.engine.cost import CostModel
 from mlserver_hftasks.engine.generator import Generator
 from mlserver_hftasks.engine.scheduler import Limits, Scheduler
 from mlserver_hftasks.engine.steps import StepLimits, StepScheduler
-from mlserver_hftasks.explain.engines import Engines, GeneratingEngines, PredictingEngines, scoring_of
-from mlserver_hftasks.explain.explainer import Explainer, gradients_of
+from mlserver_hftasks.explain.explainer import Explainer
 from mlserver_hftasks.explain.options import ExplainOptions
 from mlserver_hftasks.explain.result import Explanation
 from mlserver_hftasks.loading import Served
@@ -56,11 +56,3 @@ async def explaining(served: Served, **options: Any) -> AsyncIterator[Explaining
         await batcher.close()
         if generator is not None:
             await generator.close()
-
-
-def engines_of(served: Served, batcher: Batcher, generator: Generator | None) -> Engines:
-    """As the server makes them."""
-    if served.scoring is None:
-        return PredictingEngines(served.backend, batcher, gradients_of(served.task, served.backend))
-    scoring = scoring_of(served.scoring.make, batcher, generator)
-    return GeneratingEngines(scoring, batcher, generator)

@@ -48,12 +48,13 @@ async def _explainer(served: Served) -> AsyncIterator[Explainer]:
         if served.decoder is not None:
             generator = Generator(served.decoder, StepScheduler(StepLimits(), served.decoder.cache_tokens))
             stack.push_async_callback(generator.close)
-        explainer = Explainer(served.task, _engines(served, batcher, generator))
+        explainer = Explainer(served.task, engines_of(served, batcher, generator))
         stack.push_async_callback(explainer.close)
         yield explainer
 
 
-def _engines(served: Served, batcher: Batcher, generator: Generator | None) -> Engines:
+def engines_of(served: Served, batcher: Batcher, generator: Generator | None) -> Engines:
+    """What an explainer of the model runs on, beside those engines of its predictions. Takes a while."""
     if served.scoring is None:
         return PredictingEngines(served.backend, batcher, gradients_of(served.task, served.backend))
     return GeneratingEngines(scoring_of(served.scoring.make, batcher, generator), batcher, generator)
