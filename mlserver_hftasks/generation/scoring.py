@@ -43,7 +43,7 @@ class ScoringBackend:
     """Runs `ScoredRow`s over a decoder-only model, without keys and values; see `base.Backend`.
 
     `model` is this class's own; making it probes how the model's rows can be packed, which takes a while.
-    `probe` are rows of real tokens. `pause` is called after each product with a matrix of weights, from the
+    `probe` are rows of real tokens; `precision` as in `TorchBackend`. `pause` is called after each product with a matrix of weights, from the
     beginning on: whoever gives it can hold the work up there.
     """
 
@@ -54,6 +54,7 @@ class ScoringBackend:
         device: torch.device,
         pad_token_id: int,
         probe: Sequence[Row],
+        precision: str | None = None,
         pause: Callable[[], object] = lambda: None,
     ) -> None:
         gate = _Gate()
@@ -61,7 +62,9 @@ class ScoringBackend:
         for module in products_of(model.base_model):
             module.register_forward_hook(gate)
         rows = [replace(row, select=np.arange(row.cost)[-PROBED_TOKENS:]) for row in probe]
-        self._backend = TorchBackend(model, HEAD, device=device, pad_token_id=pad_token_id, probe=rows)
+        self._backend = TorchBackend(
+            model, HEAD, device=device, pad_token_id=pad_token_id, probe=rows, precision=precision
+        )
         self.description = self._backend.description
         self.padded = self._backend.padded
 

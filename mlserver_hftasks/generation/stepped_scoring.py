@@ -75,6 +75,8 @@ class SteppedScoring:
                 sequence.cached += chunk.count
                 sequence.tokens.append(int(ids[sequence.length]))
                 found[sequence.index].append(after)
+                if len(found[sequence.index]) == sequence.prompt.max_new_tokens:
+                    sequence.extent = -1  # so that a decoder knows that its part of the cache is free
             self._pause()
         with torch.inference_mode():
             return [
