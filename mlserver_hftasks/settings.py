@@ -46,6 +46,10 @@ def _integer_from_string(value: Any) -> Any:
     return int(value) if isinstance(value, str) and value.lstrip("-").isdecimal() else value
 
 
+Quantization = Literal["none", "int8", "int8-static", "int8-weight-only", "int4-weight-only"]
+WEIGHT_ONLY: tuple[Quantization, ...] = ("int8-weight-only", "int4-weight-only")
+"""What flows through the layers keeps its precision; for models that generate."""
+
 Json = BeforeValidator(_from_json)
 Count = Annotated[int, Field(ge=1)]
 Threads = Annotated[int, Field(ge=1, le=1024)]
@@ -89,9 +93,11 @@ class Settings(BaseModel):
     optimum_model: bool = Field(
         False, description='as in mlserver_huggingface; the same as `backend: "onnx"`'
     )
-    quantization: Annotated[
-        Literal["none", "int8", "int8-static"] | None, BeforeValidator(_none_from_string)
-    ] = Field(None, description="int8: scales per token at run time; int8-static: calibrated before")
+    quantization: Annotated[Quantization | None, BeforeValidator(_none_from_string)] = Field(
+        None,
+        description="int8: scales per token at run time; int8-static: calibrated before; "
+        "int8-weight-only, int4-weight-only: the weights alone, of models that generate",
+    )
     file_name: Annotated[str | None, BeforeValidator(_none_from_string)] = Field(
         None, description="the program's file in the model's folder: `model_quantized.onnx`, `model.pt`"
     )

@@ -17,6 +17,7 @@ TASKS: dict[tiny.HeadName, str] = {
     "mask": "fill-mask",
     "qa": "question-answering",
     "base": "feature-extraction",
+    "causal": "text-generation",
 }
 CALIBRATION = tuple(tiny.CORPUS.read_text(encoding="utf-8").splitlines()[:64])
 

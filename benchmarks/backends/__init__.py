@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from benchmarks.backends import inside, neighbours, served, start, torch_side
+from benchmarks.backends import decoder_programs, inside, neighbours, served, start, torch_side
 from benchmarks.report import Findings
 from benchmarks.session import Session
 
@@ -16,5 +16,6 @@ EXPERIMENTS: Mapping[str, Callable[[Session], Findings]] = {
     "start": start.measure,
     "torch": torch_side.measure,
     "compile": torch_side.compiled,
+    "decoder": decoder_programs.measure,
 }
 QUICK = ("inside", "start")

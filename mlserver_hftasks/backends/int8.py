@@ -8,7 +8,7 @@ the bias:
     y[t, n] = s[t] * (w[n] * sum_k (q[t, k] - 128) * Q[n, k]) + b[n]
 
 with `s[t] = max |x[t]| / 127` and `w[n] = max |W[n]| / levels`. Embeddings, normalisations, attention and
-heads stay in float32.
+heads stay in float32. Models that generate have few tokens at a time: see `weights`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mlserver_hftasks.backends.linears import Layer, replace
+from mlserver_hftasks.backends.linears import Layer, Shared, replace
 from mlserver_hftasks.errors import InvalidSettings
 
 ZERO = 128
@@ -43,21 +43,18 @@ def quantize(model: PreTrainedModel, run: Callable[[], object]) -> None:
     replace(model, run, lambda layer: Int8Product(layer, levels))
 
 
-class Int8Product:
-    """[..., in] -> [..., out] in float32."""
+class Int8Weight(Shared):
+    """Inputs in uint8 [n, in] times a weight -> float32 [n, out], with the weight's scales."""
 
-    def __init__(self, layer: Layer, levels: int = LEVELS[0]) -> None:
-        weight = layer.weight.float().contiguous()
+    def __init__(self, weight: Tensor, levels: int) -> None:
+        weight = weight.contiguous()
         self._scales = weight.abs().amax(1).clamp_min_(SMALLEST).div_(levels)
         self._zeros = torch.zeros(len(weight), dtype=torch.int64)
         quantized = weight.div(self._scales[:, None]).round_().to(torch.int8)
         self._weight = torch.ops.onednn.qlinear_prepack(quantized, None)
-        self._shift = torch.full((weight.shape[1],), ROUNDING + ZERO)
-        self._bias = self._scales.new_zeros(()) if layer.bias is None else layer.bias.detach().float()
 
-    def __call__(self, tensor: Tensor) -> Tensor:
-        """See the module docstring."""
-        inputs, scales = quantized_per_token(tensor.reshape(-1, tensor.shape[-1]), self._shift)
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """`ZERO` stands for zero."""
         product: Tensor = torch.ops.onednn.qlinear_pointwise(
             inputs,
             1.0,
@@ -73,6 +70,22 @@ class Int8Product:
             [],
             "none",
         )
+        return product
+
+
+class Int8Product(Shared):
+    """[..., in] -> [..., out] in float32."""
+
+    def __init__(self, layer: Layer, levels: int = LEVELS[0]) -> None:
+        weight = layer.weight.float()
+        self._weight = Int8Weight(weight, levels)
+        self._shift = torch.full((weight.shape[1],), ROUNDING + ZERO)
+        self._bias = weight.new_zeros(()) if layer.bias is None else layer.bias.detach().float()
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """See the module docstring."""
+        inputs, scales = quantized_per_token(tensor.reshape(-1, tensor.shape[-1]), self._shift)
+        product = self._weight(inputs)
         torch.addcmul(self._bias, product, scales, out=product)
         return product.view(*tensor.shape[:-1], -1)
 

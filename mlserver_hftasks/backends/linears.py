@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,13 @@ class Layer:
         return cls(torch.cat([layer.weight for layer in layers]), torch.cat(biases).detach())
 
 
+class Shared:
+    """A product that never changes: a copy of the model it is part of has the same one."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+
 class _Joined:
     """One product for several layers; whoever is asked first computes it for all of them."""
 
@@ -66,11 +74,19 @@ class _Joined:
         return part
 
 
-class _Part(nn.Module):
+class _StandIn(nn.Module):
+    """In the place of a layer. Models ask a layer's weight for its dtype and device (T5's feed-forward)."""
+
+    def __init__(self, like: Tensor) -> None:
+        super().__init__()
+        self.weight = like.new_empty(0)
+
+
+class _Part(_StandIn):
     """Stands in for one of the joined layers."""
 
-    def __init__(self, joined: _Joined, index: int) -> None:
-        super().__init__()
+    def __init__(self, like: Tensor, joined: _Joined, index: int) -> None:
+        super().__init__(like)
         self._joined = joined
         self._index = index
 
@@ -79,11 +95,11 @@ class _Part(nn.Module):
         return self._joined.part(self._index, tensor)
 
 
-class _Alone(nn.Module):
+class _Alone(_StandIn):
     """Stands in for a layer that no other shares its input with."""
 
-    def __init__(self, product: Product) -> None:
-        super().__init__()
+    def __init__(self, like: Tensor, product: Product) -> None:
+        super().__init__(like)
         self._product = product
 
     def forward(self, tensor: Tensor) -> Tensor:
@@ -102,9 +118,23 @@ def replace(model: PreTrainedModel, run: Callable[[], object], make: Callable[[L
         product = make(Layer.joined(layers))
         joined = _Joined(product, [len(layer.weight) for layer in layers])
         for index, name in enumerate(names):
-            stand_in = _Alone(product) if len(names) == 1 else _Part(joined, index)
+            like = layers[index].weight
+            stand_in = _Alone(like, product) if len(names) == 1 else _Part(like, joined, index)
             model.base_model.set_submodule(name, stand_in)
     return sum(map(len, groups))
+
+
+def replace_head(model: PreTrainedModel, make: Callable[[Layer], Product]) -> None:
+    """Replace the layer that gives a score to each token of the vocabulary, if it is a linear one.
+
+    Embeddings that share its weight keep it.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear | Conv1D):
+        return
+    name = next(name for name, module in model.named_modules() if module is head)
+    layer = Layer.of(head)
+    model.set_submodule(name, _Alone(layer.weight, make(layer)))
 
 
 def _groups(backbone: nn.Module, run: Callable[[], object]) -> list[list[str]]:

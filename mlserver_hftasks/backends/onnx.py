@@ -44,6 +44,8 @@ OPTIONS: dict[str, frozenset[str]] = {
     ),
 }
 """What `provider_options` may hold; all of it is about speed and memory."""
+SILENT = 4
+"""Severity of the runtime's own log: what fails is an exception anyway."""
 SLOW_FUSIONS = ["SkipLayerNormFusion"]
 """ONNX Runtime would undo `export.graph.split_skip_norms` when it opens the program."""
 
@@ -56,6 +58,41 @@ def check_options(provider: str | None, options: Mapping[str, object]) -> None:
             f"got {unknown[0]!r}, expected {', '.join(sorted(known))} for {provider or CPU} "
             "@ parameters.extra.provider_options"
         )
+
+
+def open_session(
+    path: Path,
+    threads: int | None = None,
+    provider: str = CPU,
+    provider_options: Mapping[str, Any] | None = None,
+) -> Any:
+    """An `onnxruntime.InferenceSession`; `threads` of one operator, all cores if None.
+
+    Raises `InvalidSettings` for what cannot be opened.
+    """
+    runtime = _onnxruntime()
+    if provider not in runtime.get_available_providers():
+        raise InvalidSettings(
+            f"got {provider}, but this onnxruntime has {', '.join(runtime.get_available_providers())}; "
+            "expected one of them; pip install 'mlserver-hftasks[onnx-gpu]' @ parameters.extra.provider"
+        )
+    options = runtime.SessionOptions()
+    options.log_severity_level = SILENT
+    options.intra_op_num_threads = threads or default_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    chosen = [(provider, {name: str(value) for name, value in (provider_options or {}).items()})]
+    try:
+        return runtime.InferenceSession(
+            str(path),
+            options,
+            providers=chosen if provider == CPU else [*chosen, (CPU, {})],
+            disabled_optimizers=SLOW_FUSIONS if provider == CPU else None,
+        )
+    except Exception as error:  # the runtime's own exceptions share no class of their own
+        raise InvalidSettings(
+            f"'{path.name}' cannot be opened by ONNX Runtime: {' '.join(str(error).split()):.300}, "
+            "expected a program that it can run @ parameters.extra.file_name"
+        ) from None
 
 
 class OnnxRunner:
@@ -72,29 +109,7 @@ class OnnxRunner:
         provider: str = CPU,
         provider_options: Mapping[str, Any] | None = None,
     ) -> None:
-        runtime = _onnxruntime()
-        if provider not in runtime.get_available_providers():
-            raise InvalidSettings(
-                f"got {provider}, but this onnxruntime has {', '.join(runtime.get_available_providers())}; "
-                "expected one of them; pip install 'mlserver-hftasks[onnx-gpu]' @ parameters.extra.provider"
-            )
-        options = runtime.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = threads or default_threads()
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        chosen = [(provider, {name: str(value) for name, value in (provider_options or {}).items()})]
-        try:
-            self._session = runtime.InferenceSession(
-                str(path),
-                options,
-                providers=chosen if provider == CPU else [*chosen, (CPU, {})],
-                disabled_optimizers=SLOW_FUSIONS if provider == CPU else None,
-            )
-        except Exception as error:  # the runtime's own exceptions share no class of their own
-            raise InvalidSettings(
-                f"'{path.name}' cannot be opened by ONNX Runtime: {' '.join(str(error).split()):.300}, "
-                "expected a program that it can run @ parameters.extra.file_name"
-            ) from None
+        self._session = open_session(path, threads, provider, provider_options)
         self.inputs = frozenset(each.name for each in self._session.get_inputs())
         self._types = {each.name: _DTYPES.get(each.type, np.int64) for each in self._session.get_inputs()}
         self._names = [each.name for each in self._session.get_outputs()]

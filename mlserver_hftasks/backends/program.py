@@ -25,6 +25,8 @@ class Layout(Enum):
     """`input_ids` and `attention_mask` [n, longest], as transformers' models do."""
     SINGLE = "single"
     """The same, one row at a time: what cannot be padded."""
+    STEPS = "steps"
+    """Prompts and their answers, token by token; see `generation.ports`."""
 
 
 class Reads(Enum):

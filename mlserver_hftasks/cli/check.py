@@ -11,8 +11,8 @@ import typer
 from rich.table import Table
 
 from mlserver_hftasks.cli.edge import console, one_line, quiet
-from mlserver_hftasks.cli.texts import own_items, rows_of
-from mlserver_hftasks.cli.trial import Trial
+from mlserver_hftasks.cli.texts import own_items
+from mlserver_hftasks.cli.trial import Tried, tried
 from mlserver_hftasks.loading import load, memory
 from mlserver_hftasks.runtime.configuration import limits_of
 from mlserver_hftasks.runtime.folder import read_folder
@@ -37,13 +37,13 @@ def command(
         with quiet(), console.status(f"loading {folder}"):
             memory.manage()
             name, settings = read_folder(folder)
-            trial = Trial(load(settings))
-            trial.outputs(rows_of(trial.served.task, own_items(trial.served.task.name)))
+            trial = tried(load(settings))
+            trial.outputs(trial.rows(own_items(trial.served.task.name)))
         _show(name, settings, trial)
         trial.served.close()
 
 
-def _show(name: str, settings: Settings, trial: Trial) -> None:
+def _show(name: str, settings: Settings, trial: Tried) -> None:
     for title, values in (
         ("model", _model(name, trial)),
         ("runs", _runs(trial)),
@@ -58,7 +58,7 @@ def _show(name: str, settings: Settings, trial: Trial) -> None:
     console.print(f"[green]{name} can be served[/]", highlight=False)
 
 
-def _model(name: str, trial: Trial) -> Mapping[str, Any]:
+def _model(name: str, trial: Tried) -> Mapping[str, Any]:
     model = trial.served.task.model
     labels = model.labels[:MOST_LABELS]
     if len(model.labels) > MOST_LABELS:
@@ -72,16 +72,15 @@ def _model(name: str, trial: Trial) -> Mapping[str, Any]:
     }
 
 
-def _runs(trial: Trial) -> Mapping[str, Any]:
-    how, cost = trial.served.backend.description, trial.cost
+def _runs(trial: Tried) -> Mapping[str, Any]:
+    how = trial.served.description
     return {
         "backend": how.backend,
         "device": how.device,
         "dtype": how.dtype,
         "batches": how.packing,
         "threads": torch.get_num_threads(),
-        "a text of 32 tokens": f"{1e3 * cost.seconds(32):.1f} ms",
-        "tokens per second": f"{1 / cost.per_token_s:.0f}" if cost.per_token_s else "unknown",
+        **trial.speed(),
     }
 
 

@@ -16,16 +16,15 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from mlserver_hftasks.cli.edge import console, one_line, quiet
 from mlserver_hftasks.cli.report import Report, Side
-from mlserver_hftasks.cli.texts import Item, own_items, read_items, rows_of, texts_of
-from mlserver_hftasks.cli.trial import Difference, Speed, Trial, difference, speeds
-from mlserver_hftasks.engine.rows import Row
+from mlserver_hftasks.cli.texts import Item, own_items, read_items, texts_of
+from mlserver_hftasks.cli.trial import Difference, Speed, Tried, difference, speeds, tried
 from mlserver_hftasks.errors import InvalidSettings
 from mlserver_hftasks.loading import load, memory
 from mlserver_hftasks.loading.cache import new_folder
 from mlserver_hftasks.loading.manifest import WEIGHTS
 from mlserver_hftasks.loading.source import Source
 from mlserver_hftasks.runtime.folder import FILE, IMPLEMENTATIONS
-from mlserver_hftasks.settings import Settings, read_settings
+from mlserver_hftasks.settings import Quantization, Settings, read_settings
 from mlserver_hftasks.tasks.registry import canonical_name
 
 HELP = """
@@ -52,7 +51,6 @@ LOADING, WRITING, READING, COMPARING, TIMING = STEPS = (
 """Each moves the bar on; what a backend tells in between is only shown."""
 
 Backend = Literal["torch", "onnx", "openvino", "export"]
-Quantization = Literal["none", "int8", "int8-static"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Advance = Callable[[str], None]
 
@@ -129,7 +127,7 @@ def prepare(wanted: Wanted, out: Path, advance: Advance = lambda step: None) -> 
     with new_folder(out.resolve()) as folder:
         advance(LOADING)
         before, loaded_before = _tried(wanted.reference)
-        rows = rows_of(before.served.task, wanted.items)
+        rows = before.rows(wanted.items)
         expected = before.outputs(rows)
         advance(WRITING)
         _write_model(wanted, folder, advance)
@@ -151,14 +149,14 @@ def prepare(wanted: Wanted, out: Path, advance: Advance = lambda step: None) -> 
     return report
 
 
-def _tried(settings: Settings) -> tuple[Trial, float]:
+def _tried(settings: Settings) -> tuple[Tried, float]:
     began = time.monotonic()
     served = load(settings)
     took = time.monotonic() - began
-    return Trial(served), took
+    return tried(served), took
 
 
-def _is_headless(trial: Trial) -> bool:
+def _is_headless(trial: Tried) -> bool:
     return trial.served.task.head.auto_class == "AutoModel"
 
 
@@ -186,15 +184,15 @@ def _write_settings(wanted: Wanted, folder: Path, name: str) -> None:
 def _report(
     wanted: Wanted,
     folder: Path,
-    rows: Sequence[Row],
-    trials: tuple[Trial, Trial],
+    rows: Sequence[Any],
+    trials: tuple[Tried, Tried],
     loaded_s: tuple[float, float],
     speed: Mapping[str, Speed],
     apart: Difference,
 ) -> Report:
     sizes = _weights_bytes(wanted.reference), _bytes(folder.rglob("*"))
     before, after = (
-        Side(trial.served.backend.description, seconds, size, speed[name])
+        Side(trial.served.description, seconds, size, speed[name])
         for trial, seconds, size, name in zip(trials, loaded_s, sizes, ("before", "after"), strict=True)
     )
     return Report(
@@ -202,6 +200,7 @@ def _report(
         source=wanted.settings.pretrained_model or "",
         quantization=wanted.settings.quantization or "none",
         rows=len(rows),
+        unit=trials[0].unit,
         before=before,
         after=after,
         difference=apart,

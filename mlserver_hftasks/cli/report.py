@@ -40,6 +40,8 @@ class Report:
     quantization: str
     rows: int
     """How many were compared."""
+    unit: str
+    """What throughput counts: rows, or new tokens."""
     before: Side
     after: Side
     difference: Difference
@@ -60,13 +62,16 @@ class Report:
         for name, one, other, digits in (
             ("size, MiB", before.weights_bytes / 2**20, after.weights_bytes / 2**20, 1),
             ("latency of one, ms", before.speed.latency_ms, after.speed.latency_ms, 2),
-            ("throughput, rows/s", before.speed.rows_per_s, after.speed.rows_per_s, 0),
+            (f"throughput, {self.unit}/s", before.speed.per_s, after.speed.per_s, 0),
         ):
             made.add_row(name, f"{one:.{digits}f}", f"{other:.{digits}f}", f"{other / one:.2f}")
         made.add_row("largest output difference", "", f"{self.difference.largest:.2g}", "")
         made.add_row("  deviation of the outputs", f"{self.difference.deviation:.2g}", "", "")
         if self.difference.agreement is not None:
-            made.add_row("same label", "", f"{100 * self.difference.agreement:.2f} %", "")
+            same = "same label" if self.difference.equal_answers is None else "same next token"
+            made.add_row(same, "", f"{100 * self.difference.agreement:.2f} %", "")
+        if self.difference.equal_answers is not None:
+            made.add_row("same answer", "", f"{100 * self.difference.equal_answers:.2f} %", "")
         if self.difference.least_cosine is not None:
             made.add_row("least cosine", "", f"{self.difference.least_cosine:.5f}", "")
         made.caption = f"{self.rows} rows compared; {_cpu()}, {self.threads} threads"

@@ -10,7 +10,7 @@ from typing import Any
 
 from mlserver_hftasks.engine.rows import Row
 from mlserver_hftasks.errors import HFTasksError, InvalidSettings
-from mlserver_hftasks.tasks.base import Task
+from mlserver_hftasks.tasks.base import Example, Task
 
 MOST_ITEMS = 2000
 """Of a file; the others are left out."""
@@ -95,16 +95,21 @@ _READERS = {".jsonl": _read_json_lines, ".tsv": _read_table, ".csv": _read_table
 
 def rows_of(task: Task[Any], items: Sequence[Item]) -> list[Row]:
     """The rows of all items, each item a request by itself. Raises `InvalidSettings` naming the item."""
-    rows: list[Row] = []
+    return [row for example in examples_of(task, items) for row in example.rows]
+
+
+def examples_of(task: Task[Any], items: Sequence[Item]) -> list[Example]:
+    """The examples of all items, each item a request by itself. Raises `InvalidSettings` naming the item."""
+    examples: list[Example] = []
     for number, item in enumerate(items, start=1):
         try:
-            rows += _rows_of(task, item)
+            examples += _examples_of(task, item)
         except HFTasksError as error:
             raise InvalidSettings(f"text {number} does not fit {task.name}: {error}") from None
-    return rows
+    return examples
 
 
-def _rows_of(task: Task[Any], item: Item) -> list[Row]:
+def _examples_of(task: Task[Any], item: Item) -> list[Example]:
     values = {"inputs": item} if isinstance(item, str) else dict(item)
     mask = getattr(task.model.encoder.tokenizer, "mask_token", None)
     known = {name: spec.name for spec in task.signature.inputs for name in (spec.name, *spec.aliases)}
@@ -112,8 +117,7 @@ def _rows_of(task: Task[Any], item: Item) -> list[Row]:
     given = {name: value for name, value in values.items() if name not in known}
     if "truncation" in task.signature.parameters.model_fields:
         given.setdefault("truncation", True)
-    examples = task.examples(inputs, task.signature.parse(given))
-    return [row for example in examples for row in example.rows]
+    return task.examples(inputs, task.signature.parse(given))
 
 
 def _listed(value: Any, mask: str | None) -> list[Any]:

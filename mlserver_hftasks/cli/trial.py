@@ -7,9 +7,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 
+from mlserver_hftasks.cli.generating import ANSWER, GenerationTrial
+from mlserver_hftasks.cli.texts import Item, rows_of
 from mlserver_hftasks.engine.cost import CostModel
 from mlserver_hftasks.engine.offline import batches_of
 from mlserver_hftasks.engine.rows import FloatArray, Outputs, Row
@@ -18,10 +21,6 @@ from mlserver_hftasks.errors import InvalidSettings
 from mlserver_hftasks.loading import Served, probe_rows
 
 ROUNDS = 3
-TIMED_ROWS = 64
-"""Most rows of one timed run."""
-SINGLES = 12
-"""Rows that are timed one by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +29,8 @@ class Speed:
 
     latency_ms: float
     """Of one row by itself, the median row."""
-    rows_per_s: float
-    """Of all rows, in the batches that the engine makes."""
+    per_s: float
+    """Rows, or new tokens of models that generate: of all rows, in the batches that the engine makes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +44,51 @@ class Difference:
     """Share of equal labels, each the largest of several logits; None where there are no labels."""
     least_cosine: float | None
     """Of the states of a text, for models without a head."""
+    equal_answers: float | None = None
+    """Share of answers with the same tokens, of models that generate."""
+
+
+class Tried(Protocol):
+    """One loaded model, warm."""
+
+    served: Served
+    cost: CostModel
+    timed: int
+    """Most rows of one timed run."""
+    singles: int
+    """Rows that are timed one by one."""
+    unit: str
+    """What `amount` counts."""
+
+    def rows(self, items: Sequence[Item]) -> list[Any]:
+        """What the model runs of these items. Raises `InvalidSettings` naming one that does not fit."""
+
+    def outputs(self, rows: Sequence[Any]) -> list[Outputs]:
+        """Of each row, in order. Raises `InvalidSettings` if they are not all finite numbers."""
+
+    def time_batches(self, rows: Sequence[Any]) -> float:
+        """Seconds for all rows."""
+
+    def time_singles(self, rows: Sequence[Any]) -> float:
+        """Seconds of a row by itself."""
+
+    def amount(self, rows: Sequence[Any]) -> int:
+        """What there is of `unit` in the rows."""
+
+    def speed(self) -> Mapping[str, str]:
+        """For people."""
+
+
+def tried(served: Served) -> Tried:
+    """The model, ready to be run and timed."""
+    return Trial(served) if served.decoder is None else GenerationTrial(served)
 
 
 class Trial:
-    """One loaded model, warm."""
+    """A model that runs rows in batches; see `Tried`."""
+
+    timed, singles = 64, 12
+    unit = "rows"
 
     def __init__(self, served: Served) -> None:
         self.served = served
@@ -56,8 +96,12 @@ class Trial:
         backend, encoder = served.backend, served.task.model.encoder
         warm_up(backend, backend.padded, self.cost, partial(probe_rows, encoder))
 
+    def rows(self, items: Sequence[Item]) -> list[Row]:
+        """See `Tried`."""
+        return rows_of(self.served.task, items)
+
     def outputs(self, rows: Sequence[Row]) -> list[Outputs]:
-        """Of each row, in order. Raises `InvalidSettings` if they are not all finite numbers."""
+        """See `Tried`."""
         found: dict[int, Outputs] = {}
         for batch in self._batches(rows):
             found.update(zip(map(id, batch), self.served.backend.forward(batch), strict=True))
@@ -67,7 +111,7 @@ class Trial:
         return outputs
 
     def time_batches(self, rows: Sequence[Row]) -> float:
-        """Seconds for all rows."""
+        """See `Tried`."""
         began = time.perf_counter()
         for batch in self._batches(rows):
             self.served.backend.forward(batch)
@@ -82,15 +126,28 @@ class Trial:
             took.append(time.perf_counter() - began)
         return statistics.median(took)
 
+    def amount(self, rows: Sequence[Row]) -> int:
+        """See `Tried`."""
+        return len(rows)
+
+    def speed(self) -> Mapping[str, str]:
+        """See `Tried`."""
+        cost = self.cost
+        return {
+            "a text of 32 tokens": f"{1e3 * cost.seconds(32):.1f} ms",
+            "tokens per second": f"{1 / cost.per_token_s:.0f}" if cost.per_token_s else "unknown",
+        }
+
     def _batches(self, rows: Sequence[Row]) -> list[list[Row]]:
         return batches_of(rows, self.cost, padded=self.served.backend.padded)
 
 
 def speeds(
-    trials: Mapping[str, Trial], rows: Sequence[Row], advance: Callable[[], None] = lambda: None
+    trials: Mapping[str, Tried], rows: Sequence[Any], advance: Callable[[], None] = lambda: None
 ) -> dict[str, Speed]:
     """Of all models by name; they take turns, so that what else the machine does hits all alike."""
-    some, singles = rows[:TIMED_ROWS], rows[:SINGLES]
+    like = next(iter(trials.values()))
+    some, singles = rows[: like.timed], rows[: like.singles]
     batched: dict[str, list[float]] = {name: [] for name in trials}
     alone: dict[str, list[float]] = {name: [] for name in trials}
     for _ in range(ROUNDS):
@@ -99,7 +156,9 @@ def speeds(
             alone[name].append(trial.time_singles(singles))
             advance()
     return {
-        name: Speed(1e3 * statistics.median(alone[name]), len(some) / statistics.median(batched[name]))
+        name: Speed(
+            1e3 * statistics.median(alone[name]), like.amount(some) / statistics.median(batched[name])
+        )
         for name in trials
     }
 
@@ -107,8 +166,15 @@ def speeds(
 def difference(got: Sequence[Outputs], wanted: Sequence[Outputs], *, headless: bool) -> Difference:
     """Of raw outputs, row by row; `headless`: they are hidden states, not logits."""
     largest, equal, cosines, values = 0.0, [], [], []
+    answers = [
+        np.array_equal(one[ANSWER], other[ANSWER])
+        for one, other in zip(got, wanted, strict=True)
+        if ANSWER in other
+    ]
     for of_got, of_wanted in zip(got, wanted, strict=True):
         for name, array in of_wanted.items():
+            if name == ANSWER:
+                continue
             largest = max(largest, float(np.abs(of_got[name] - array).max()))
             values.append(array.ravel())
             if headless:
@@ -120,6 +186,7 @@ def difference(got: Sequence[Outputs], wanted: Sequence[Outputs], *, headless: b
         float(np.concatenate(values).std()),
         float(np.mean(equal)) if equal else None,
         min(cosines) if cosines else None,
+        float(np.mean(answers)) if answers else None,
     )
 
 

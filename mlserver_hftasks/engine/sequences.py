@@ -141,16 +141,17 @@ class Chunk:
 
     sequence: GeneratedSequence
     count: int
+    extent: int = field(init=False)
+    """Where in the cache the sequence begins. As it was when the step was made: whoever cancels it meanwhile
+    takes that from the sequence, and the step would write elsewhere, where another's tokens are."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "extent", self.sequence.extent)
 
     @property
     def position(self) -> int:
         """Position of the first of them, which is how many are in the cache before."""
         return self.sequence.cached
-
-    @property
-    def extent(self) -> int:
-        """Where in the cache the sequence begins."""
-        return self.sequence.extent
 
     @property
     def tokens(self) -> IntArray:

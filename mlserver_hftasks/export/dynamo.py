@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-
-import torch
-from transformers import PreTrainedModel
 from transformers.exporters import DynamoConfig, DynamoExporter
+
+from mlserver_hftasks.export.job import Export
 
 FILE = "model.pt2"
 
 
-def export(model: PreTrainedModel, sample: Mapping[str, torch.Tensor]) -> Any:
-    """The model as an `ExportedProgram`; all dimensions of `sample` may vary."""
-    varies = {
-        name: dict.fromkeys(range(tensor.dim()), torch.export.Dim.AUTO) for name, tensor in sample.items()
-    }
-    program, _ = DynamoExporter().export_program(
-        model, dict(sample), DynamoConfig(dynamic=True, dynamic_shapes=varies)
-    )
-    return program
-
-
-def save(program: Any, folder: Path) -> str:
+def write(job: Export) -> str:
     """Write the program and its weights; the name of its file."""
-    DynamoExporter.save_program(program, folder / FILE)
+    config = DynamoConfig(dynamic=True, dynamic_shapes=job.sizes)
+    program, _ = DynamoExporter().export_program(job.model, job.inputs, config)
+    DynamoExporter.save_program(program, job.folder / FILE)
     return FILE

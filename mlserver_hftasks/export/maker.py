@@ -5,11 +5,11 @@ from __future__ import annotations
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -21,23 +21,16 @@ from mlserver_hftasks.backends.program import Layout, Plan, ProgramBackend, Read
 from mlserver_hftasks.backends.torch import TorchBackend
 from mlserver_hftasks.engine.rows import Outputs, Row
 from mlserver_hftasks.errors import InvalidSettings
+from mlserver_hftasks.export.job import Export, Format, Order
 from mlserver_hftasks.export.trace import EagerRunner, traceable
 
 logger = logging.getLogger("mlserver.hftasks")
 
-Format = Literal["onnx", "openvino", "export"]
+WRITERS: Mapping[Format, str] = {"onnx": "onnx", "openvino": "openvino", "export": "dynamo"}
+"""Modules of this package by format: each is imported when it is asked for, with all that it needs."""
 NOISY = ("transformers", "torch.export", "torch.onnx", "torch._export", "onnxscript", "onnx_ir", "root")
 TOLERANCE = 1e-4
 """Largest difference of a traced model from the model, relative to the largest output."""
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """What program is wanted."""
-
-    format: Format
-    quantization: Literal["none", "int8", "int8-static"] = "none"
-    provider: Literal["cpu", "cuda"] = "cpu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +75,7 @@ class Maker:
                 raise
             except Exception as error:  # whatever an exporter makes of an architecture it does not know
                 logger.debug("no export of %s", plan, exc_info=True)
-                reasons.append(f"{plan.layout.value}: {_first_line(error)}")
+                reasons.append(f"{plan.layout.value}: {reason_of(error)}")
         raise InvalidSettings(
             f"{type(self._model).__name__} cannot be exported to {order.format} "
             f"({'; '.join(reasons) or 'no layout gives each row its own answer'}), expected one that can, "
@@ -128,80 +121,15 @@ class Maker:
 
     def _export(self, order: Order, plan: Plan, folder: Path, calibration: Sequence[Row]) -> Made:
         fused = order.format != "onnx"
-        with traceable(self._model, self._head, plan.layout, fused=fused) as model, _quiet_exporters():
-            file = _FORMATS[order.format](
-                model, self._sample(plan), order, plan, folder, calibration, self._tell
-            )
+        with traceable(self._model, self._head, plan.layout, fused=fused) as model, quiet_exporters():
+            writer = import_module(f"{__package__}.{WRITERS[order.format]}")
+            job = Export(model, self._sample(plan), order, plan, folder, calibration, self._tell)
+            file: str = writer.write(job)
         return Made(file, plan, self._rows, self._alone)
 
 
-def _to_onnx(
-    model: PreTrainedModel,
-    sample: dict[str, torch.Tensor],
-    order: Order,
-    plan: Plan,
-    folder: Path,
-    calibration: Sequence[Row],
-    tell: Callable[[str], None],
-) -> str:
-    from mlserver_hftasks.export import graph, onnx
-    from mlserver_hftasks.export.early import read_early
-
-    program = onnx.export(model, sample, order.provider)
-    if order.quantization != "none":
-        tell(f"quantizing to {order.quantization}")
-    if order.quantization == "int8":
-        graph.quantize_rows(program)
-    elif order.quantization == "int8-static":
-        batches = [calibration[start : start + 16] for start in range(0, len(calibration), 16)]
-        feeds = (ProgramBackend.feed_of(plan, batch) for batch in batches)
-        graph.quantize_static(program, onnx.largest_inputs(program, feeds, folder))
-    if plan.reads in (Reads.FIRST, Reads.SELECTED) and plan.layout is Layout.LANES:
-        read_early(program)
-    return onnx.save(program, folder)
-
-
-def _to_openvino(
-    model: PreTrainedModel,
-    sample: dict[str, torch.Tensor],
-    order: Order,
-    plan: Plan,
-    folder: Path,
-    calibration: Sequence[Row],
-    tell: Callable[[str], None],
-) -> str:
-    from mlserver_hftasks.export import openvino
-
-    program = openvino.export(model, sample)
-    if order.quantization == "int8":
-        tell("compressing the weights to int8")
-        openvino.compress_weights(program)
-    return openvino.save(program, folder)
-
-
-def _to_torch(
-    model: PreTrainedModel,
-    sample: dict[str, torch.Tensor],
-    order: Order,
-    plan: Plan,
-    folder: Path,
-    calibration: Sequence[Row],
-    tell: Callable[[str], None],
-) -> str:
-    from mlserver_hftasks.export import dynamo
-
-    return dynamo.save(dynamo.export(model, sample), folder)
-
-
-_FORMATS: dict[Format, Callable[..., str]] = {
-    "onnx": _to_onnx,
-    "openvino": _to_openvino,
-    "export": _to_torch,
-}
-
-
 @contextmanager
-def _quiet_exporters() -> Iterator[None]:
+def quiet_exporters() -> Iterator[None]:
     """Without what exporters say of themselves: that they are experimental, and which versions they know."""
     levels = {name: logging.getLogger(name).level for name in NOISY}
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
@@ -215,6 +143,9 @@ def _quiet_exporters() -> Iterator[None]:
                 logging.getLogger(name).setLevel(level)
 
 
-def _first_line(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
+    """The first line of what an exporter failed of: it wraps that in errors of its own."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     text = str(error).strip() or type(error).__name__
     return f"{text.splitlines()[0]:.200}"

@@ -2,37 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from transformers import PreTrainedModel
 from transformers.exporters import OnnxConfig, OnnxExporter
 
-from mlserver_hftasks.backends.program import Feed
+from mlserver_hftasks.backends.program import Feed, Layout, ProgramBackend, Reads
 from mlserver_hftasks.export import graph
+from mlserver_hftasks.export.early import read_early
+from mlserver_hftasks.export.job import Export
 
 FILE = "model.onnx"
+BATCH = 16
+"""Rows that are calibrated together."""
 
 
-def export(model: PreTrainedModel, sample: Mapping[str, torch.Tensor], provider: str) -> Any:
-    """The model as an `onnx_ir.Model` for the provider "cpu" or "cuda"; all sizes in `sample` may vary."""
-    varies = {
-        name: dict.fromkeys(range(tensor.dim()), torch.export.Dim.AUTO) for name, tensor in sample.items()
-    }
-    config = OnnxConfig(dynamic=True, dynamic_shapes=varies, ort_fusions=provider)
-    program, _ = OnnxExporter().export_program(model, dict(sample), config)
-    if provider == "cpu":
+def write(job: Export) -> str:
+    """Write the program and its weights; the name of its file."""
+    program = _traced(job)
+    if job.order.quantization != "none":
+        job.tell(f"quantizing to {job.order.quantization}")
+        _quantize(program, job)
+    if job.plan.reads in (Reads.FIRST, Reads.SELECTED) and job.plan.layout is Layout.LANES:
+        read_early(program)
+    OnnxExporter.save_program(program, job.folder / FILE)
+    return FILE
+
+
+def _traced(job: Export) -> Any:
+    """The model as an `onnx_ir.Model`."""
+    config = OnnxConfig(dynamic=True, dynamic_shapes=job.sizes, ort_fusions=job.order.provider)
+    program, _ = OnnxExporter().export_program(job.model, job.inputs, config)
+    if job.order.provider == "cpu":
         graph.split_skip_norms(program)
     return program
 
 
-def save(program: Any, folder: Path) -> str:
-    """Write the program and its weights; the name of its file."""
-    OnnxExporter.save_program(program, folder / FILE)
-    return FILE
+def _quantize(program: Any, job: Export) -> None:
+    if job.order.quantization == "int8":
+        graph.quantize_rows(program)
+        return
+    rows = job.calibration
+    batches = (rows[start : start + BATCH] for start in range(0, len(rows), BATCH))
+    feeds = (ProgramBackend.feed_of(job.plan, batch) for batch in batches)
+    graph.quantize_static(program, largest_inputs(program, feeds, job.folder))
 
 
 def largest_inputs(program: Any, feeds: Iterable[Feed], folder: Path) -> dict[str, float]:

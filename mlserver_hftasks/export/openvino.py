@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from transformers import PreTrainedModel
 from transformers.exporters import OpenVINOConfig, OpenVINOExporter
+
+from mlserver_hftasks.export.job import Export
 
 FILE = "openvino_model.xml"
 STEPS = 127
@@ -18,20 +16,14 @@ FEWEST_COLUMNS = 32
 """Products with fewer columns, a classifier's, stay in float."""
 
 
-def export(model: PreTrainedModel, sample: Mapping[str, torch.Tensor]) -> Any:
-    """The model as an `openvino.Model`; all dimensions of `sample` may vary."""
-    varies = {
-        name: dict.fromkeys(range(tensor.dim()), torch.export.Dim.AUTO) for name, tensor in sample.items()
-    }
-    program, _ = OpenVINOExporter().export_program(
-        model, dict(sample), OpenVINOConfig(dynamic=True, dynamic_shapes=varies)
-    )
-    return program
-
-
-def save(program: Any, folder: Path) -> str:
+def write(job: Export) -> str:
     """Write the program and its weights; the name of its file."""
-    OpenVINOExporter.save_program(program, folder / FILE)
+    config = OpenVINOConfig(dynamic=True, dynamic_shapes=job.sizes)
+    program, _ = OpenVINOExporter().export_program(job.model, job.inputs, config)
+    if job.order.quantization == "int8":
+        job.tell("compressing the weights to int8")
+        compress_weights(program)
+    OpenVINOExporter.save_program(program, job.folder / FILE)
     return FILE
 
 

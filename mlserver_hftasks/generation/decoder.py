@@ -223,11 +223,19 @@ def _turn_head(model: PreTrainedModel) -> None:
 class TorchDecoder:
     """Steps through a decoder-only model of transformers; see `engine.sequences.Stepper`.
 
-    `model` is this class's own: its attention changes. Raises TypeError if that is not behind
+    `model` is this class's own: its attention changes. `precision` is what it computes in, where that is
+    not the dtype of its weights. Raises TypeError if that is not behind
     `AttentionInterface`.
     """
 
-    def __init__(self, model: PreTrainedModel, *, device: torch.device, cache_tokens: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        device: torch.device,
+        cache_tokens: int,
+        precision: str | None = None,
+    ) -> None:
         if not model._supports_attention_backend:
             raise TypeError("its attention is not behind AttentionInterface")
         model.set_attn_implementation(ATTENTION_NAME)
@@ -236,9 +244,8 @@ class TorchDecoder:
         self._device = device
         self._cache = StepCache(cache_tokens, device)
         _turn_head(self._model)
-        self.description = Description(
-            "torch", str(device), str(model.dtype).removeprefix("torch."), "continuous"
-        )
+        dtype = precision or str(model.dtype).removeprefix("torch.")
+        self.description = Description("torch", str(device), dtype, "continuous")
 
     def step(self, chunks: Sequence[Chunk]) -> Sequence[Choice | None]:
         """See `engine.sequences.Stepper`."""

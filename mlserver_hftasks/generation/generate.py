@@ -52,13 +52,20 @@ class GenerateBackend:
     padding token; `lengths` and `finish` [k] of int64, the latter an index into `FINISH_REASONS`; where the
     key asks for them `logprobs` [k, longest] of float32, what the model itself makes of each token.
 
-    `model` is this backend's own: its `generation_config` and cache settings change.
+    `model` is this backend's own: its `generation_config` and cache settings change. `precision` is what it
+    computes in, where that is not the dtype of its weights.
     """
 
     padded = True
 
     def __init__(
-        self, model: PreTrainedModel, *, device: torch.device, pad_token_id: int, decode: Decode
+        self,
+        model: PreTrainedModel,
+        *,
+        device: torch.device,
+        pad_token_id: int,
+        decode: Decode,
+        precision: str | None = None,
     ) -> None:
         self._model = moved(model.eval().requires_grad_(False), device)
         self._device = device
@@ -70,9 +77,8 @@ class GenerateBackend:
         start = self._defaults.decoder_start_token_id
         self._start = (self._defaults.bos_token_id if start is None else start) or 0
         model.generation_config = GenerationConfig()  # each call brings its own, complete
-        self.description = Description(
-            "generate", str(device), str(model.dtype).removeprefix("torch."), "padded"
-        )
+        dtype = precision or str(model.dtype).removeprefix("torch.")
+        self.description = Description("generate", str(device), dtype, "padded")
 
     def forward(self, rows: Sequence[Row]) -> Sequence[Outputs]:
         """See `base.Backend`."""

@@ -12,13 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from mlserver_hftasks.engine.sequences import Choice, GeneratedSequence, Sampling
-
-FIRST_LOOK = 1024
-"""top_p is looked for among so many of the most likely tokens first, before all are sorted."""
+from mlserver_hftasks.generation.host_sampling import forbidden, looked_at, seen
 
 
 def choose(logits: torch.Tensor, sequences: Sequence[GeneratedSequence]) -> list[Choice]:
@@ -37,23 +34,17 @@ def _penalised(logits: torch.Tensor, sequences: Sequence[GeneratedSequence]) -> 
     """Logits after what also applies without drawing; the same tensor if nothing does."""
     changed = logits
     for row, sequence in enumerate(sequences):
-        prompt = sequence.prompt
-        sampling = prompt.sampling
-        forbidden = list(sampling.suppressed)
-        if len(sequence.tokens) < prompt.min_new_tokens:
-            forbidden += prompt.eos
-        if sampling.repetition_penalty == 1.0 and not forbidden:
+        penalty, banned = sequence.prompt.sampling.repetition_penalty, forbidden(sequence)
+        if penalty == 1.0 and not banned:
             continue
         if changed is logits:
             changed = logits.clone()
-        if sampling.repetition_penalty != 1.0:
-            seen = np.unique(np.concatenate((prompt.tokens, np.array(sequence.tokens, dtype=np.int64))))
-            index = torch.from_numpy(seen).to(logits.device)
+        if penalty != 1.0:
+            index = torch.from_numpy(seen(sequence)).to(logits.device)
             values = changed[row, index]
-            penalty = sampling.repetition_penalty
             changed[row, index] = torch.where(values < 0, values * penalty, values / penalty)
-        if forbidden:
-            changed[row, forbidden] = -torch.inf
+        if banned:
+            changed[row, banned] = -torch.inf
     return changed
 
 
@@ -73,25 +64,19 @@ def _logprobs(
 
 def _draw(logits: torch.Tensor, sequences: Sequence[GeneratedSequence]) -> torch.Tensor:
     """A token per row. Rows are grouped by their own parameters, so that company changes nothing."""
-    groups: dict[int, list[int]] = {}
+    groups: dict[tuple[int, bool], list[int]] = {}
     for row, sequence in enumerate(sequences):
-        groups.setdefault(_looked_at(sequence.prompt.sampling, logits.shape[-1]), []).append(row)
+        sampling = sequence.prompt.sampling
+        key = looked_at(sampling, logits.shape[-1]), bool(sampling.top_k)
+        groups.setdefault(key, []).append(row)
     tokens = torch.empty(len(sequences), dtype=torch.int64, device=logits.device)
-    for count, rows in groups.items():
+    for (count, _), rows in groups.items():
         samplings = [sequences[row].prompt.sampling for row in rows]
         uniform = _column([sequences[row].random.random() for row in rows], logits)
         scaled = logits[rows] / _column([sampling.temperature for sampling in samplings], logits)
         draw = _draw_from_all if count == 0 else _draw_from_best
         tokens[rows] = draw(scaled, uniform, samplings, count)
     return tokens
-
-
-def _looked_at(sampling: Sampling, vocabulary: int) -> int:
-    """How many of the most likely tokens are looked at; 0 for a draw among all, which needs no order."""
-    if sampling.top_k:
-        return min(sampling.top_k, vocabulary)
-    filters = sampling.top_p < 1 or sampling.min_p > 0
-    return min(FIRST_LOOK, vocabulary) if filters else 0
 
 
 def _draw_from_all(

@@ -3,37 +3,34 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mlserver_hftasks.backends.placed import moved
+from mlserver_hftasks.backends.torch import TOLERANCE, TOLERANCES
+from mlserver_hftasks.generation import probe
 from mlserver_hftasks.generation.decoder import TorchDecoder
-from mlserver_hftasks.generation.probe import objection
+from mlserver_hftasks.generation.plain import new_token_logits, probe_texts
 from mlserver_hftasks.generation.twin import with_shared_weights
+from mlserver_hftasks.loading import cache_room
+from mlserver_hftasks.loading.cache_room import free_ram
 
 logger = logging.getLogger("mlserver.hftasks")
 
-USUAL_SEQUENCES = 64
-USUAL_TOKENS = 2048
-"""Where memory allows, the cache has room for so many sequences of so many tokens, or as many as fit."""
-SHARE_OF_MEMORY = {"cpu": 0.25}
-"""Of what is free, for the cache; 0.8 on other devices, whose memory nothing else needs."""
-USUAL_MEMORY = 4 * 2**30
-"""Where nobody says how much is free."""
+ROOM = {**TOLERANCES, "int8-weight-only": 1e-3, "int4-weight-only": TOLERANCES["bfloat16"]}
+"""What it may differ by, relative to the largest logit. Inputs of weights have 16 bits in the one, and are
+bfloat16 in the other."""
 
 
 def cache_tokens_of(
     setting: int | None, config: PretrainedConfig, dtype: torch.dtype, device: torch.device, max_tokens: int
 ) -> int:
     """Tokens of the cache: the setting, else from the model and the free memory."""
-    if setting is not None:
-        return setting
-    memory = free_memory(device) * SHARE_OF_MEMORY.get(device.type, 0.8)
-    affordable = int(memory / bytes_per_token(config, dtype))
-    return max(min(affordable, USUAL_SEQUENCES * min(max_tokens, USUAL_TOKENS)), 1)
+    share = cache_room.SHARE_OF_MEMORY if device.type == "cpu" else cache_room.SHARE_OF_DEVICE
+    memory = free_memory(device) * share
+    return setting or cache_room.usual_tokens(memory, bytes_per_token(config, dtype), max_tokens)
 
 
 def bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
@@ -44,12 +41,19 @@ def bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
     return int(2 * text.num_hidden_layers * heads * head_dim * dtype.itemsize)
 
 
-def decoder_of(model: PreTrainedModel, device: torch.device, cache_tokens: int) -> TorchDecoder | None:
-    """The model behind the generating engine; None if it does not fit, which the log says."""
+def decoder_of(
+    model: PreTrainedModel, device: torch.device, cache_tokens: int, precision: str | None = None
+) -> TorchDecoder | None:
+    """The model behind the generating engine; None if it does not fit, which the log says.
+
+    `precision` is what the model computes in, where that is not its dtype.
+    """
     moved(model.eval().requires_grad_(False), device)
     try:
-        decoder = TorchDecoder(with_shared_weights(model), device=device, cache_tokens=cache_tokens)
-        reason = objection(decoder, model)
+        decoder = TorchDecoder(
+            with_shared_weights(model), device=device, cache_tokens=cache_tokens, precision=precision
+        )
+        reason = _objection(decoder, model)
     except Exception as error:  # whatever an architecture makes of attention that it was not made for
         reason = repr(error)
     if reason is None:
@@ -62,25 +66,17 @@ def decoder_of(model: PreTrainedModel, device: torch.device, cache_tokens: int) 
     return None
 
 
+def _objection(decoder: TorchDecoder, plain: PreTrainedModel) -> str | None:
+    """Why the model cannot run in steps, or None. `plain` is the same model with its own attention."""
+    precisions = decoder.description.dtype, str(plain.dtype).removeprefix("torch.")
+    tolerance = max(ROOM.get(precision, TOLERANCE) for precision in precisions)
+    texts = probe_texts(plain, decoder.cache_tokens)
+    alone = [new_token_logits(plain, text) for text in texts]
+    return probe.objection(lambda chunks: decoder.logits(chunks).cpu().numpy(), texts, alone, tolerance)
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on the device; of a container no more than its limit leaves."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    found = [size for size in (_available(), _left_in_container()) if size is not None]
-    return min(found, default=USUAL_MEMORY)
-
-
-def _available() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration, ValueError):
-        return None
-
-
-def _left_in_container() -> int | None:
-    try:
-        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
-    except (OSError, ValueError):  # no cgroups, or no limit
-        return None
-    return max(limit - used, 0)
+    return free_ram()

@@ -36,18 +36,35 @@ SAMPLES: tuple[str, ...] = ("Hello, world!", "  two   spaces\nÉtienne 東京 �
 
 def read_config(folder: Path) -> Any:
     """`config.json`, its keys as attributes; a key that is not there is None, as most are by default."""
-    try:
-        content = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise InvalidSettings(f"'config.json' cannot be read: {error}, expected one @ {folder}") from None
+    content = _read(folder, "config.json")
     content["id2label"] = {int(index): name for index, name in (content.get("id2label") or {}).items()}
     return _Config(**content)
+
+
+def read_generation_config(folder: Path) -> Any:
+    """`generation_config.json` in the same way; empty where there is none."""
+    there = (folder / "generation_config.json").is_file()
+    return _Config(**(_read(folder, "generation_config.json") if there else {}))
+
+
+def _read(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / name).read_text())
+    except (OSError, ValueError) as error:
+        raise InvalidSettings(f"'{name}' cannot be read: {error}, expected one @ {folder}") from None
+    if not isinstance(content, dict):
+        raise InvalidSettings(f"'{name}' is no JSON object, expected one @ {folder}")
+    return content
 
 
 class _Config(SimpleNamespace):
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
             raise AttributeError(name)
+
+    def get_text_config(self) -> Any:
+        """Of a model that knows nothing but text, its own."""
+        return self
 
 
 def facts_of(tokenizer: Any, folder: Path) -> dict[str, Any] | None:
@@ -95,6 +112,9 @@ class LightTokenizer:
 
         return AutoTokenizer.from_pretrained(self._folder)
 
+    def __len__(self) -> int:
+        return int(self.backend_tokenizer.get_vocab_size(with_added_tokens=True))
+
     def num_special_tokens_to_add(self, pair: bool = False) -> int:
         """How many special tokens a text or a pair gets."""
         return int(self._facts["special_tokens"][pair])
@@ -118,8 +138,22 @@ class LightTokenizer:
         ids: list[int] = self.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+    def decode(
+        self,
+        ids: Sequence[int],
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+    ) -> str:
         """The text of some tokens."""
-        if self._facts["cleans_up"]:
-            return str(self._whole.decode(ids, skip_special_tokens=skip_special_tokens))
+        cleans_up = (
+            self._facts["cleans_up"]
+            if clean_up_tokenization_spaces is None
+            else (clean_up_tokenization_spaces)
+        )
+        if cleans_up:
+            return str(
+                self._whole.decode(
+                    ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=True
+                )
+            )
         return str(self.backend_tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))

@@ -12,17 +12,19 @@ from typing import Any
 import torch
 
 from mlserver_hftasks.backends import probe
+from mlserver_hftasks.backends.base import Head
 from mlserver_hftasks.backends.program import ProgramBackend
 from mlserver_hftasks.engine.rows import Row
 from mlserver_hftasks.errors import InvalidSettings
-from mlserver_hftasks.export.maker import Made, Maker, Order
+from mlserver_hftasks.export.job import Order
+from mlserver_hftasks.export.maker import Made, Maker
 from mlserver_hftasks.loading import light
 from mlserver_hftasks.loading.facts import max_tokens_of, pad_token_id_of
 from mlserver_hftasks.loading.manifest import Manifest, Program, versions
 from mlserver_hftasks.loading.runners import check_head, open_runner
 from mlserver_hftasks.loading.served import probe_rows, task_of
 from mlserver_hftasks.loading.source import Source
-from mlserver_hftasks.settings import Settings
+from mlserver_hftasks.settings import WEIGHT_ONLY, Settings
 from mlserver_hftasks.tasks.encoder import Encoder
 from mlserver_hftasks.tasks.registry import canonical_name
 
@@ -30,7 +32,8 @@ logger = logging.getLogger("mlserver.hftasks")
 
 NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",), "export": ()}
 """Packages by backend; each is in the extra of that name."""
-QUANTIZES = {"onnx": ("int8", "int8-static"), "openvino": ("int8",), "export": ()}
+QUANTIZES = {"onnx": ("int8", "int8-static", *WEIGHT_ONLY), "openvino": ("int8",), "export": ()}
+OF_DECODERS = ("int8", *WEIGHT_ONLY)
 MOST = {"none": 1e-3, "int8": 0.5, "int8-static": 0.5}
 """Largest relative difference of a program from its model; of quantized ones the report says more."""
 KEPT = ("modules.json", "*_Pooling", "*_Dense", "*_Normalize", "config_sentence_transformers.json")
@@ -48,9 +51,14 @@ def make_program(
     config = source.config()
     kind = task_of(settings, config, source.folder)
     check_head(kind.head, order.format)
+    _check_quantization(order, kind.head)
     tokenizer = source.tokenizer()
     model = source.model(kind.head, config, torch.device("cpu"))
     encoder = Encoder(tokenizer, max_tokens_of(None, tokenizer, model))
+    if kind.head.generates:
+        from mlserver_hftasks.loading.making_decoder import make_decoder
+
+        return make_decoder(settings, order, out, source, kind, model, encoder, tell)
     maker = Maker(model, kind.head, probe_rows(encoder), pad_token_id_of(tokenizer, model), tell)
     made = maker.make(order, out, _calibration_rows(encoder, calibration, order))
     tokenizer.save_pretrained(out)
@@ -88,7 +96,7 @@ def _order(settings: Settings) -> Order:
             f"{missing[0]} is not installed, expected it to export a model: "
             f"pip install 'mlserver-hftasks[{backend}]' {where}"
         )
-    quantization = settings.quantization or "none"
+    quantization: Any = settings.quantization or "none"
     if quantization != "none" and quantization not in QUANTIZES[backend]:
         raise InvalidSettings(
             f'got "{quantization}" with the backend "{backend}", expected '
@@ -101,6 +109,16 @@ def _order(settings: Settings) -> Order:
             "@ parameters.extra.quantization"
         )
     return Order(backend, quantization, "cuda" if cuda else "cpu")
+
+
+def _check_quantization(order: Order, head: Head) -> None:
+    known = OF_DECODERS if head.generates else ("int8", "int8-static")
+    if order.quantization not in ("none", *known):
+        kind = "that generates" if head.generates else "of one pass"
+        raise InvalidSettings(
+            f'got "{order.quantization}" with the backend "{order.format}" for a task {kind}, expected '
+            f"{', '.join(known)} @ parameters.extra.quantization"
+        )
 
 
 def _calibration_rows(encoder: Encoder, texts: Sequence[str], order: Order) -> list[Row]:

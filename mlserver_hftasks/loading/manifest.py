@@ -23,12 +23,24 @@ SCHEMA = 1
 FORMATS = {"onnx": "onnx", "openvino": "openvino", "dynamo": "export"}
 """Backends by the names that transformers gives their formats."""
 NAMES: dict[str, tuple[str, ...]] = {
-    "onnx": ("model.onnx", "onnx/model.onnx"),
+    "onnx": (
+        "model.onnx",
+        "onnx/model.onnx",
+        "decoder_model_merged.onnx",
+        "onnx/decoder_model_merged.onnx",
+    ),
     "openvino": ("openvino_model.xml", "openvino/openvino_model.xml"),
     "torchscript": ("model.pt", "traced_model.pt"),
 }
 """Where other tools, Optimum above all, put a program."""
-QUANTIZED = ("model_quantized.onnx", "onnx/model_quantized.onnx", "model_int8.onnx", "onnx/model_int8.onnx")
+QUANTIZED = (
+    "model_quantized.onnx",
+    "onnx/model_quantized.onnx",
+    "model_int8.onnx",
+    "onnx/model_int8.onnx",
+    "decoder_model_merged_quantized.onnx",
+    "onnx/decoder_model_merged_quantized.onnx",
+)
 PACKAGES = ("mlserver-hftasks", "transformers", "torch", "onnx", "onnxscript", "onnxruntime", "openvino")
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 

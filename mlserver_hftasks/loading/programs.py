@@ -24,7 +24,8 @@ from mlserver_hftasks.loading.cache import cache_folder, kept, key_of
 from mlserver_hftasks.loading.facts import limited
 from mlserver_hftasks.loading.manifest import Manifest, Program, candidates, find_program, versions
 from mlserver_hftasks.loading.runners import check_head, open_runner
-from mlserver_hftasks.loading.served import Served, model_facts, probe_rows, task_of
+from mlserver_hftasks.loading.served import Served, asked_as, model_facts, probe_rows, task_of
+from mlserver_hftasks.loading.stepping import load_stepping
 from mlserver_hftasks.settings import Settings
 from mlserver_hftasks.tasks.encoder import Encoder
 from mlserver_hftasks.tasks.registry import canonical_name, task_class
@@ -72,6 +73,9 @@ def load_program(settings: Settings, program: Program) -> Served:
     config = light.read_config(program.folder)
     encoder = Encoder(_tokenizer(settings, program), manifest.max_tokens)
     encoder.max_tokens = limited(settings.max_length, encoder.tokenizer, manifest.max_tokens)
+    if manifest.plan.layout is Layout.STEPS:
+        generation_config = light.read_generation_config(program.folder)
+        return load_stepping(settings, program, kind, config, generation_config, encoder)
     task = kind(model_facts(settings, config, encoder, program.folder))
     return Served(task, _backend(settings, program, kind.head, manifest.plan, encoder, config))
 
@@ -105,6 +109,10 @@ def _load_other(settings: Settings, program: Program) -> Served:
     kind = task_of(settings, config, program.folder)
     check_head(kind.head, program.backend)
     encoder = Encoder(tokenizer, limited(settings.max_length, tokenizer, _most_tokens(config, tokenizer)))
+    if kind.head.generates:
+        generation_config = source.generation_config(config)
+        kind.configure(asked_as(settings, config, program.folder), config, generation_config)
+        return load_stepping(settings, program, kind, config, generation_config, encoder)
     task = kind(model_facts(settings, config, encoder, program.folder))
     pad = next(
         (i for i in (tokenizer.pad_token_id, config.pad_token_id, tokenizer.eos_token_id) if i is not None), 0

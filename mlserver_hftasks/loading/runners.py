@@ -24,11 +24,23 @@ def open_runner(settings: Settings, program: Program, layout: Layout) -> tuple[R
 
 
 def check_head(head: Head, backend: str) -> None:
-    """Raises `InvalidSettings` for a task that no program serves."""
-    if head.generates:
+    """Raises `InvalidSettings` for a task that no program of that backend serves."""
+    if head.generates and (backend != "onnx" or head.auto_class != DECODERS):
         raise InvalidSettings(
-            f'got "{backend}" for a task that generates, expected "torch" @ parameters.extra.backend'
+            f'got "{backend}" for a model of the kind {head.auto_class.removeprefix("AutoModelFor")}, which '
+            'generates, expected "torch", or "onnx" for one that continues texts @ parameters.extra.backend'
         )
+
+
+def check_stepping(settings: Settings, program: Program) -> str:
+    """The precision of a decoder's program. Raises `InvalidSettings` for what does not go with one."""
+    if _accelerator(settings.device) is not None or settings.provider not in (None, "CPUExecutionProvider"):
+        raise InvalidSettings(
+            f'got {settings.provider or settings.device!r} for a decoder with the backend "onnx", expected '
+            'the CPU (device -1), or the backend "torch" @ parameters.extra.device'
+        )
+    _only_float(settings, '"onnx"')
+    return _precision(settings, program)
 
 
 def _open_onnx(settings: Settings, program: Program, layout: Layout) -> tuple[Runner, Description]:
@@ -133,6 +145,8 @@ def _precision(settings: Settings, program: Program) -> str:
     return "float32" if program.manifest is None else program.manifest.dtype
 
 
+DECODERS = "AutoModelForCausalLM"
+"""Models that continue a text, and have no encoder."""
 _OPEN: dict[str, Callable[[Settings, Program, Layout], tuple[Runner, Description]]] = {
     "onnx": _open_onnx,
     "openvino": _open_openvino,

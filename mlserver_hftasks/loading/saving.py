@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from mlserver_hftasks.loading.eager import check_quantization, device_of
+from mlserver_hftasks.loading.eager import device_of
 from mlserver_hftasks.loading.making import copy_small_files
+from mlserver_hftasks.loading.quantizing import check_quantization
 from mlserver_hftasks.loading.served import task_of
 from mlserver_hftasks.loading.source import Source
 from mlserver_hftasks.settings import Settings
@@ -19,10 +20,10 @@ def save_model(settings: Settings, out: Path, *, tell: Callable[[str], None]) ->
     a hundred million of them. Raises `InvalidSettings`.
     """
     device = device_of(settings.device)
-    check_quantization(settings, device)
     source = Source(settings)
     config = source.config()
     kind = task_of(settings, config, source.folder)
+    check_quantization(settings, device, kind.head)
     tell("loading the weights")
     model = source.model(kind.head, config, device)
     tell("writing the weights")

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mlserver_hftasks.backends.base import Backend, Description
 from mlserver_hftasks.engine.rows import Row
+from mlserver_hftasks.engine.sequences import Stepper
 from mlserver_hftasks.errors import InvalidSettings
 from mlserver_hftasks.loading.facts import labels_of
 from mlserver_hftasks.settings import Settings
@@ -18,8 +19,6 @@ from mlserver_hftasks.tasks.registry import canonical_name, task_class
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig
-
-    from mlserver_hftasks.generation.decoder import TorchDecoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +45,22 @@ TASK_OF_HEAD = {
 """The task of a model whose class name ends so, where the settings name none."""
 
 
+class Decoder(Stepper, Protocol):
+    """Steps through what is generated."""
+
+    description: Description
+
+    def close(self) -> None:
+        """Give the memory back; `step` must not be called again."""
+
+
 @dataclass(frozen=True, slots=True)
 class Served:
     """A task over a model, ready to run."""
 
     task: Task[Any]
     backend: Backend
-    decoder: TorchDecoder | None = None
+    decoder: Decoder | None = None
     """Steps through what is generated, where the model fits; `backend` runs the rest."""
     scoring: Scoring | None = None
     """Of a model that generates; None if there is nothing to explain its answers by."""
@@ -87,8 +95,9 @@ def model_facts(
     *,
     generation_config: GenerationConfig | None = None,
     cache_tokens: int = 1 << 20,
+    whole: bool = True,
 ) -> ModelFacts:
-    """What the task needs to know of the model; the last two where it generates."""
+    """What the task needs to know of the model; the last three where it generates."""
     return ModelFacts(
         config=config,
         encoder=encoder,
@@ -102,6 +111,7 @@ def model_facts(
             cache_tokens,
         ),
         generation_config=generation_config,
+        whole=whole,
         folder=str(folder),
         asked_as=asked_as(settings, config, folder),
     )

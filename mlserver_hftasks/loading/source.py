@@ -11,7 +11,14 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from mlserver_hftasks.backends.base import Head
 from mlserver_hftasks.errors import InvalidSettings
@@ -71,6 +78,12 @@ class Source:
     def config(self) -> PretrainedConfig:
         """The model's config. This and the rest raise `InvalidSettings` for what cannot be read."""
         return self._read(AutoConfig.from_pretrained, self._name, "pretrained_model", **self._common)
+
+    def generation_config(self, config: PretrainedConfig) -> GenerationConfig:
+        """Of the files, else what the config says of generating."""
+        if (self.folder / "generation_config.json").is_file():
+            return GenerationConfig.from_pretrained(self.folder)
+        return GenerationConfig.from_model_config(config)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, or the one that the settings name."""
@@ -141,7 +154,7 @@ def dtype_of(settings: Settings, device: torch.device, config: PretrainedConfig)
     if settings.dtype != "auto":
         dtype: torch.dtype = getattr(torch, settings.dtype)
         return dtype
-    if settings.quantization not in (None, "none"):
+    if settings.quantization in ("int8", "int8-static"):
         return torch.float32  # scales are found, and the rest is computed, in float32
     stored = getattr(config, "dtype", None) or torch.float32
     # float16 arithmetic on a CPU is emulated, and slower than float32.

@@ -25,6 +25,7 @@ from mlserver_hftasks.errors import InvalidSettings
 from mlserver_hftasks.explain.allowed import metadata_uri
 from mlserver_hftasks.explain.methods import masking, path
 from mlserver_hftasks.explain.targets import TARGETS
+from mlserver_hftasks.generation.whole import NoWholeAnswers
 from mlserver_hftasks.loading import Served
 from mlserver_hftasks.metrics import ModelMetrics
 from mlserver_hftasks.runtime.configuration import limits_of, step_limits_of
@@ -43,6 +44,9 @@ METHODS = {
     False: ("auto", *masking.METHODS),
 }
 """By which a model can be explained, with gradients and without."""
+
+PROGRAMS = (ProgramBackend, NoWholeAnswers)
+"""Backends without gradients, which run without torch."""
 
 
 def answering(
@@ -87,7 +91,7 @@ def prepare_explaining(served: Served) -> None:
 
     Those of a model that generates wait for the first explanation: they are another clone's.
     """
-    if isinstance(served.backend, ProgramBackend) or served.task.head.generates:
+    if isinstance(served.backend, PROGRAMS) or served.task.head.generates:
         return
     from mlserver_hftasks.explain.explainer import gradients_of
 

@@ -55,6 +55,8 @@ class ModelFacts:
     """Local folder of the model's files, where there is one."""
     steps: bool = True
     """Whether a generating engine can step through the model; else `generate()` runs all of it."""
+    whole: bool = True
+    """Whether there is `generate()`, for what an engine cannot step through."""
     asked_as: str = ""
     """The task as the settings name it, which may say more than its own name: `translation_en_to_fr`."""
 

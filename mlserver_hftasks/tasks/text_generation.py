@@ -24,6 +24,10 @@ from mlserver_hftasks.tasks.signature import InputSpec, OutputSpec, Signature, T
 from mlserver_hftasks.tasks.text import TruncationChoice, truncation_of
 from mlserver_hftasks.tasks.text_stream import TextStream
 
+WHOLE_ONLY = (
+    "got beams, n-grams, typical, epsilon or eta sampling or forbidden words, which a program does not "
+    'compute, expected none of them, or a model with the backend "torch" @ parameters'
+)
 CONTEXT_TOKENS = 8
 """Tokens of the prompt beside which the first new ones are decoded."""
 
@@ -111,6 +115,8 @@ class TextGeneration(Task[TextGenerationParameters]):
         where = "messages" if "messages" in inputs else "text_inputs"
         tokens = self._tokens(sources, parameters, where)
         whole = self._choices.needs_generate(parameters) or not self.model.steps
+        if whole and not self.model.whole:
+            raise InvalidRequest(WHOLE_ONLY)
         choose = self._rows if whole else self._prompts
         return [
             choose(PromptContext(source, ids, None, encoded), parameters, f"{where}[{index}]")

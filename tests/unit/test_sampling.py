@@ -12,7 +12,7 @@ import torch
 from transformers.generation import logits_process as processing
 
 from mlserver_hftasks.engine.sequences import GeneratedSequence, GenerationJob, Prompt, Sampling
-from mlserver_hftasks.generation import sampling
+from mlserver_hftasks.generation import host_sampling
 from mlserver_hftasks.generation.sampling import choose
 
 VOCABULARY = 40
@@ -66,7 +66,7 @@ def test_draws_follow_the_filtered_distribution(
     name: str, first_look: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`first_look` 2: what is looked at first does not do, and all are sorted."""
-    monkeypatch.setattr(sampling, "FIRST_LOOK", first_look)
+    monkeypatch.setattr(host_sampling, "FIRST_LOOK", first_look)
     options, warpers = FILTERS[name]
     row = logits(1, seed=4)
     scores = row.clone()

@@ -126,7 +126,7 @@ def test_the_report_is_true(run: Run, tmp_path: Path, model: Path) -> None:
     assert report["after"]["how"]["dtype"] == "int8"
     assert report["before"]["weights_bytes"] == (model / "model.safetensors").stat().st_size
     for side in ("before", "after"):
-        assert report[side]["speed"]["rows_per_s"] > 0
+        assert report[side]["speed"]["per_s"] > 0
         assert 0 < report[side]["speed"]["latency_ms"] < 5000
     assert report["machine"]["threads"] == torch.get_num_threads()
 

@@ -241,3 +241,14 @@ def test_seeds_make_draws_repeatable() -> None:
     draws = [job.sequences[0].random.random() for job in jobs]
     assert draws[0] == draws[1]
     assert len(set(draws)) == 4
+
+
+def test_a_step_that_was_made_keeps_its_places_when_a_request_is_cancelled() -> None:
+    """The device thread may read them later; elsewhere in the cache are another request's tokens."""
+    scheduler = StepScheduler(StepLimits(), 100)
+    jobs = [scheduler.submit([prompt(1, 2, 3)], 0.0) for _ in range(2)]
+    chunks = scheduler.next_step(0.0)
+    before = [chunk.extent for chunk in chunks]
+    scheduler.cancel(jobs[1])
+    assert [chunk.extent for chunk in chunks] == before
+    assert jobs[1].sequences[0].extent == -1
