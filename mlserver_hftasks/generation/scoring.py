@@ -43,8 +43,8 @@ class ScoringBackend:
     """Runs `ScoredRow`s over a decoder-only model, without keys and values; see `base.Backend`.
 
     `model` is this class's own; making it probes how the model's rows can be packed, which takes a while.
-    `probe` are rows of real tokens; `precision` as in `TorchBackend`. `pause` is called after each product with a matrix of weights, from the
-    beginning on: whoever gives it can hold the work up there.
+    `probe` are rows of real tokens; `precision` as in `TorchBackend`. `pause` is called after each product
+    with a matrix of weights, from the beginning on: whoever gives it can hold the work up there.
     """
 
     def __init__(
