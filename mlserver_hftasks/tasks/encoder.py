@@ -110,12 +110,16 @@ def source_of(encoding: Encoding) -> Source | None:
 
 def marked(encoding: Encoding, before: Sequence[int], after: Sequence[int]) -> Encoding:
     """The encoding with special tokens before and after it."""
-    if not isinstance(encoding, _Traced) or not hasattr(encoding, "offsets"):
-        raise TypeError("marks go around encodings of tokenizers that know words and offsets")
+    assert isinstance(encoding, _Traced)
     first, last = len(before), len(after)
+    ids = [*before, *encoding.ids, *after]
+    special = [*[1] * first, *encoding.special_tokens_mask, *[1] * last]
+    if not hasattr(encoding, "offsets"):
+        slow = _SlowEncoding(ids, [0] * len(ids), special)
+        return _Traced(slow, encoding.text)  # type: ignore[return-value]
     around = _Marked(
-        [*before, *encoding.ids, *after],
-        [*[1] * first, *encoding.special_tokens_mask, *[1] * last],
+        ids,
+        special,
         [*[(0, 0)] * first, *encoding.offsets, *[(0, 0)] * last],
         [*[None] * first, *encoding.word_ids, *[None] * last],
         [*[None] * first, *[0] * len(encoding.ids), *[None] * last],

@@ -8,6 +8,7 @@ import functools
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -273,6 +274,7 @@ SEQ2SEQ = {
     "marian": ("translation", {}),
     "mbart": ("translation", {"src_lang": "en_XX", "tgt_lang": "fr_XX"}),
 }
+WRITTEN_IN_PYTHON = Path(__file__).parents[1] / "golden/s2s_m2m"
 
 
 @pytest.mark.parametrize("architecture", SEQ2SEQ)
@@ -313,6 +315,16 @@ async def test_an_answer_to_what_an_encoder_read(architecture: str) -> None:
             await explain(PROMPTS[:1], some, target="another")
         with pytest.raises(InvalidRequest, match="cannot be explained by"):
             await explain(PROMPTS[:1], some, method="input-x-gradient")
+
+
+async def test_a_tokenizer_that_does_not_know_where_its_tokens_are() -> None:
+    async with explaining(serve(WRITTEN_IN_PYTHON, "translation_en_to_fr")) as explain:
+        (one,) = await explain(PROMPTS[:1], {"max_new_tokens": 6, "num_beams": 1}, max_evals=20)
+    first = one.prompt_tokens or 0
+    assert (one.offsets[:first] == -1).all()
+    assert one.attributions[0, :first].any()
+    assert not one.attributions[0, [0, first - 1]].any()  # the language, and the end
+    assert one.texts[0] == PROMPTS[0]
 
 
 # -- what cannot be ------------------------------------------------------------------------------
