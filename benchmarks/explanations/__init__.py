@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from benchmarks.explanations import bound, interference, speed, torchserve
+from benchmarks.explanations import answers, bound, interference, speed, torchserve
 from benchmarks.report import Findings
 from benchmarks.session import Session
 
@@ -14,5 +14,6 @@ EXPERIMENTS: Mapping[str, Callable[[Session], Findings]] = {
     "torchserve": torchserve.measure,
     "bound": bound.measure,
     "interference": interference.measure,
+    "answers": answers.measure,
 }
 QUICK = ("speed", "interference")

@@ -64,7 +64,8 @@ def _numbers(target: Target, scale: Scale) -> Text:
 def _coloured(pieces: Sequence[Piece], scale: Scale) -> Text:
     made = Text()
     for piece in pieces:
-        made.append(piece.text, _style(scale.share(piece.word.attribution)) if piece.word else "")
+        plain = "bold reverse" if piece.explained else ""
+        made.append(piece.text, _style(scale.share(piece.word.attribution)) if piece.word else plain)
     return made
 
 

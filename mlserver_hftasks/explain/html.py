@@ -100,6 +100,8 @@ def _text(reading: Reading, index: int, scale: Scale) -> str:
 
 def _piece(piece: Piece, scale: Scale) -> str:
     text = escape(piece.text)
+    if piece.explained:
+        return f'<b class="answer" title="what is explained">{text}</b>'
     if piece.word is None:
         return text
     number, share = scale.number(piece.word.attribution), scale.share(piece.word.attribution)

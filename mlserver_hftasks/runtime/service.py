@@ -56,12 +56,17 @@ class Service(ABC):
 
     async def answer(self, payload: InferenceRequest) -> Reply:
         """The answer to a request. Raises `HFTasksError`."""
+        return (await self.answer_with(payload))[0]
+
+    async def answer_with(self, payload: InferenceRequest) -> tuple[Reply, list[Answered]]:
+        """The same, and what of the model's outputs it was made from, per item."""
         self.check_admission()  # 1
         async with Deadline(self._timeout_ms) as deadline:
             asked = await self.read(payload, deadline)  # 2 and 3
             answered = await self.run(asked, deadline)  # 4 to 7
             numbers = sum(array.size for item in answered for row in item.outputs for array in row.values())
-            return await run_for(int(CHARS_PER_NUMBER * numbers), self._reply, asked, answered)  # 8
+            reply = await run_for(int(CHARS_PER_NUMBER * numbers), self._reply, asked, answered)  # 8
+        return reply, answered
 
     async def stream(self, payload: InferenceRequest) -> AsyncGenerator[Reply, None]:
         """The answer in pieces; of a task that has none, in one. Raises `HFTasksError`."""

@@ -20,7 +20,7 @@ from mlserver_hftasks.errors import (
     Overloaded,
     RequestTooLarge,
 )
-from mlserver_hftasks.explain import explainer as explainer_module
+from mlserver_hftasks.explain import engines as engines_module
 from mlserver_hftasks.explain.explainer import ExplainLimits
 from mlserver_hftasks.loading import Served
 from tests import tiny
@@ -241,7 +241,7 @@ async def test_gradients_crawl_while_predictions_run(served: Served, monkeypatch
         assert gate.wait(PATIENCE_S)
         return forward(rows)
 
-    monkeypatch.setattr(explainer_module, "MAX_PAUSE_S", pause_s)
+    monkeypatch.setattr(engines_module, "MAX_PAUSE_S", pause_s)
     row = answer(served, {"inputs": [TEXT]})[0].example.rows[0]
     way = PathRow(row.arrays, kept=np.zeros(row.cost, dtype=np.bool_), score=lambda out: out["logits"][:1])
     async with explaining(served) as explain:
