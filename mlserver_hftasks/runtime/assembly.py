@@ -11,7 +11,7 @@ from typing import cast
 
 from mlserver_hftasks.backends.program import ProgramBackend
 from mlserver_hftasks.codecs.request import EXPLAIN
-from mlserver_hftasks.engine.batcher import Batcher
+from mlserver_hftasks.engine.batcher import INLINE_S, Batcher
 from mlserver_hftasks.engine.cost import CostModel
 from mlserver_hftasks.engine.generator import Generator
 from mlserver_hftasks.engine.scheduler import Scheduler
@@ -52,6 +52,7 @@ def answering(
         served.backend,
         Scheduler(limits_of(settings), cost, padded=served.backend.padded),
         on_thread_start=on_thread_start,
+        inline_s=INLINE_S if served.description.device == "cpu" else 0.0,
         observe=metrics.batch_ran,
         observe_queue=metrics.queued,
         name=name,

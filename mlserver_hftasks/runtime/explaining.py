@@ -29,7 +29,7 @@ from mlserver_hftasks.explain.result import Explanation
 from mlserver_hftasks.explain.tensors import HTML_NAME, OUTPUTS, default_names, tensors_of
 from mlserver_hftasks.metrics import ExplainReport
 from mlserver_hftasks.runtime.offload import BULK_CHARS, Deadline, run_for
-from mlserver_hftasks.runtime.service import Reply, Service, names_of, nesting_checked
+from mlserver_hftasks.runtime.service import NestingChecked, Reply, Service, names_of
 from mlserver_hftasks.tasks.signature import Parameters, Signature
 
 CHARS_PER_TOKEN, CHARS_PER_DRAWN_TOKEN = 4, 80
@@ -108,7 +108,7 @@ class Explaining:
     def _decode(
         self, request: InferenceRequest, options: Any, alone: bool
     ) -> tuple[Call, Parameters, ExplainOptions]:
-        with nesting_checked():
+        with NestingChecked():
             call = decode_request(request, self._names[alone])
             for name in call.outputs:
                 if name not in OUTPUT_NAMES:
@@ -170,7 +170,7 @@ class AnsweringService:
 
     def _split(self, payload: InferenceRequest) -> tuple[InferenceRequest, Wish]:
         """The request, and its wish with the mode that counts."""
-        with nesting_checked():
+        with NestingChecked():
             request, wish = split_request(payload)
         mode = wish.mode or self.mode
         if self._predictions is None and mode != EXPLAIN:
