@@ -143,6 +143,11 @@ class AnsweringService:
         """Names of the methods that this model can be explained by."""
         return self._explaining.methods
 
+    def check_admission(self) -> None:
+        """Raise `Overloaded` if even the smallest request for a prediction would be refused now."""
+        if self._predictions is not None and self.mode != EXPLAIN:
+            self._predictions.check_admission()
+
     async def answer(self, payload: InferenceRequest) -> Reply:
         """The answer to a request. Raises `HFTasksError`."""
         request, wish = self._split(payload)

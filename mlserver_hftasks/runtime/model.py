@@ -100,6 +100,12 @@ class HFTasksRuntime(mlserver.MLModel):
 
     # -- requests --------------------------------------------------------------------------------
 
+    def check_admission(self) -> None:
+        """See `gate.Admits`."""
+        if self._service is not None:
+            with self._edge:
+                self._service.check_admission()
+
     async def predict(self, payload: InferenceRequest) -> InferenceResponse:
         """Answer one V2 request. Every error is an `MLServerError` with its status."""
         with self._edge:
