@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from functools import partial
 
 from benchmarks.foundation import parts
-from benchmarks.report import Findings
+from benchmarks.report import Findings, Table
 from benchmarks.session import Session
 from benchmarks.versus import bulk, embeddings, online, overload, padding, start
 from benchmarks.versus.fleet import Fleet
@@ -53,4 +53,9 @@ def experiments(
 
 
 def _with(fleet: Fleet, measure: Callable[[Fleet], Findings], session: Session) -> Findings:
-    return measure(fleet)
+    known = set(fleet.failed)
+    findings = measure(fleet)
+    rows = [[name, why] for name, why in fleet.failed.items() if name not in known]
+    if rows:
+        findings.tables.append(Table("Systems that did not start, and are not measured", ("", "why"), rows))
+    return findings

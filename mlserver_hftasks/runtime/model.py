@@ -193,7 +193,7 @@ class _Edge:
 
 
 def _load(settings: Settings, cost: CostModel) -> Served:
-    with _loading:
+    with _loading, memory.without_collections():
         memory.manage()
         served = load(settings)
         if settings.warmup and served.decoder is None:  # a decoder's probe has warmed it up
