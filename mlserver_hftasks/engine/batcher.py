@@ -105,6 +105,7 @@ class Batcher:
         self._dispatching = False
         self._context = contextvars.Context()
         self._idle = threading.Event()
+        self._idle.set()
         self._thread = threading.Thread(target=self._run_device, name=f"hftasks-{name}", daemon=True)
         self._thread.start()
 

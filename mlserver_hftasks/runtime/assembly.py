@@ -52,7 +52,7 @@ def answering(
         served.backend,
         Scheduler(limits_of(settings), cost, padded=served.backend.padded),
         on_thread_start=on_thread_start,
-        inline_s=INLINE_S if served.description.device == "cpu" else 0.0,
+        inline_s=_inline_s(served),
         observe=metrics.batch_ran,
         observe_queue=metrics.queued,
         name=name,
@@ -85,6 +85,13 @@ def explaining_another(settings: Settings, infer_uri: str, metrics: ModelMetrics
         max_waiting=settings.max_queue_explanations,
     )
     return AnsweringService(None, _explaining(explainer, SIGNATURE, settings, metrics), mode=settings.mode)
+
+
+def _inline_s(served: Served) -> float:
+    """Nothing where a prediction of seconds says little: for a device that others use too, and for a model
+    that goes on until it has said all."""
+    predictable = served.description.device == "cpu" and not served.task.head.generates
+    return INLINE_S if predictable else 0.0
 
 
 def _explainer(

@@ -87,6 +87,11 @@ async def test_what_is_not_known_to_be_short_leaves_the_event_loop_alone(options
     assert threading.get_ident() not in backend.threads
 
 
+async def test_an_engine_that_has_run_nothing_is_idle() -> None:
+    async with inline(Watched()) as batcher:
+        assert batcher.wait_until_idle(0)
+
+
 async def test_requests_of_one_pass_of_the_loop_share_a_batch() -> None:
     backend = Watched()
     async with inline(backend) as batcher, asyncio.timeout(PATIENCE_S):
