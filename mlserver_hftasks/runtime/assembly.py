@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, cast
 from mlserver_hftasks.backends.base import Backend
 from mlserver_hftasks.backends.program import ProgramBackend
 from mlserver_hftasks.codecs.request import EXPLAIN
-from mlserver_hftasks.engine.batcher import Batcher
+from mlserver_hftasks.engine.batcher import INLINE_S, Batcher
 from mlserver_hftasks.engine.cost import CostModel
 from mlserver_hftasks.engine.generator import Generator
 from mlserver_hftasks.engine.scheduler import Scheduler
@@ -70,6 +70,7 @@ def answering(
         served.backend,
         Scheduler(limits_of(settings), cost, padded=served.backend.padded),
         on_thread_start=on_thread_start,
+        inline_s=_inline_s(served),
         observe=metrics.batch_ran,
         observe_queue=metrics.queued,
         name=name,
@@ -118,6 +119,13 @@ def explaining_another(settings: Settings, infer_uri: str, metrics: ModelMetrics
         max_waiting=settings.max_queue_explanations,
     )
     return AnsweringService(None, _explaining(explainer, SIGNATURE, settings, metrics), mode=settings.mode)
+
+
+def _inline_s(served: Served) -> float:
+    """Nothing where a prediction of seconds says little: for a device that others use too, and for a model
+    that goes on until it has said all."""
+    predictable = served.description.device == "cpu" and not served.task.head.generates
+    return INLINE_S if predictable else 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from mlserver_hftasks.explain.result import Explanation
 from mlserver_hftasks.explain.tensors import HTML_NAME, OUTPUTS, default_names, tensors_of
 from mlserver_hftasks.metrics import ExplainReport
 from mlserver_hftasks.runtime.offload import BULK_CHARS, Deadline, run_for
-from mlserver_hftasks.runtime.service import Reply, Service, names_of, nesting_checked
+from mlserver_hftasks.runtime.service import NestingChecked, Reply, Service, names_of
 from mlserver_hftasks.tasks.base import Answered
 from mlserver_hftasks.tasks.signature import Parameters, Signature
 
@@ -124,7 +124,7 @@ class Explaining:
     def _decode(
         self, request: InferenceRequest, options: Any, alone: bool
     ) -> tuple[Call, Parameters, ExplainOptions]:
-        with nesting_checked():
+        with NestingChecked():
             call = decode_request(request, self._names[alone])
             for name in call.outputs:
                 if name not in OUTPUT_NAMES:
@@ -159,6 +159,11 @@ class AnsweringService:
         """Names of the methods that this model can be explained by."""
         return self._explaining.methods
 
+    def check_admission(self) -> None:
+        """Raise `Overloaded` if even the smallest request for a prediction would be refused now."""
+        if self._predictions is not None and self.mode != EXPLAIN:
+            self._predictions.check_admission()
+
     async def answer(self, payload: InferenceRequest) -> Reply:
         """The answer to a request. Raises `HFTasksError`."""
         request, wish = self._split(payload)
@@ -186,7 +191,7 @@ class AnsweringService:
 
     def _split(self, payload: InferenceRequest) -> tuple[InferenceRequest, Wish]:
         """The request, and its wish with the mode that counts."""
-        with nesting_checked():
+        with NestingChecked():
             request, wish = split_request(payload)
         mode = wish.mode or self.mode
         if self._predictions is None and mode != EXPLAIN:

@@ -6,8 +6,7 @@ The numbers are the steps of `docs/structure.md`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,7 +99,7 @@ class Service(ABC):
         return name == RESULT_NAME or any(spec.name == name for spec in self.task.signature.outputs)
 
     def _decode(self, payload: InferenceRequest) -> tuple[Call, Parameters]:
-        with nesting_checked():
+        with NestingChecked():
             call = decode_request(payload, self._names)
             for name in call.outputs:
                 if name != RESULT_NAME:
@@ -108,7 +107,7 @@ class Service(ABC):
             return call, self.task.signature.parse(call.parameters)
 
     def _examples(self, call: Call, parameters: Parameters) -> list[Example]:
-        with nesting_checked():
+        with NestingChecked():
             return self.task.examples(call.inputs, parameters)
 
 
@@ -143,13 +142,17 @@ async def run_rows(batcher: Batcher, examples: list[Example], deadline: Deadline
     return _regroup(examples, await batcher.run(rows))
 
 
-@contextmanager
-def nesting_checked() -> Iterator[None]:
+class NestingChecked:
     """Recursion that went too deep is the fault of who nested so deeply."""
-    try:
-        yield
-    except RecursionError:
-        raise InvalidRequest("a value nested too deeply, expected a few levels @ inputs") from None
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is RecursionError:
+            raise InvalidRequest("a value nested too deeply, expected a few levels @ inputs") from None
 
 
 def _work_of(call: Call) -> int:
