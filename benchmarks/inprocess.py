@@ -32,6 +32,11 @@ class InProcess:
         self.cost = CostModel()
         warm_up(self._backend, self._backend.padded, self.cost, partial(probe_rows, self._task.model.encoder))
 
+    def read_all(self) -> None:
+        """Compute all of the last layer from now on, as if nobody knew what the head reads."""
+        backbone: Any = self._backend._backbone  # type: ignore[attr-defined]
+        backbone.read_all()
+
     def rows(self, texts: Sequence[str]) -> list[Row]:
         """The texts, tokenized."""
         return [example.rows[0] for example in self._examples(texts)]

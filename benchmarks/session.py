@@ -33,7 +33,7 @@ class Plan:
 FULL = Plan("full", 3, 384, 128, 3, 8.0, 2, (shapes.MINILM, shapes.DISTILBERT))
 QUICK = Plan("quick", 3, 192, 64, 2, 5.0, 1, (shapes.MINILM,))
 VERSUS = Plan("full", 3, 192, 64, 2, 3.0, 1, (shapes.MINILM, shapes.DISTILBERT))
-VERSUS_QUICK = Plan("quick", 2, 128, 48, 1, 2.5, 1, (shapes.MINILM,))
+VERSUS_QUICK = Plan("quick", 1, 96, 40, 1, 2.0, 1, (shapes.MINILM,))
 SMOKE = Plan("smoke", 1, 48, 16, 1, 1.5, 1, (shapes.MINILM, shapes.DISTILBERT))
 
 

@@ -1,4 +1,4 @@
-"""A server that answers every POST alike and keeps what it was asked."""
+"""A server that answers every POST alike, and every GET, and keeps what it was asked."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from typing import Any
 
 
 class Answering:
-    def __init__(self, respond: Callable[[Any], tuple[int, Any]]) -> None:
+    def __init__(
+        self, respond: Callable[[Any], tuple[int, Any]], metadata: tuple[int, Any] | None = None
+    ) -> None:
         self.requests: list[tuple[str, Any]] = []
-        asked = self.requests
+        self.gets: list[str] = []
+        asked, gets = self.requests, self.gets
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
@@ -21,7 +24,13 @@ class Answering:
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 asked.append((self.path, body))
-                status, answer = respond(body)
+                self._answer(*respond(body))
+
+            def do_GET(self) -> None:
+                gets.append(self.path)
+                self._answer(*(metadata or (404, {})))
+
+            def _answer(self, status: int, answer: Any) -> None:
                 data = json.dumps(answer).encode()
                 self.send_response(status)
                 if status == 307:
@@ -41,9 +50,12 @@ class Answering:
 
 @contextmanager
 def answering(
-    status: int = 200, answer: Any = None, respond: Callable[[Any], tuple[int, Any]] | None = None
+    status: int = 200,
+    answer: Any = None,
+    respond: Callable[[Any], tuple[int, Any]] | None = None,
+    metadata: tuple[int, Any] | None = None,
 ) -> Iterator[Answering]:
-    made = Answering(respond or (lambda body: (status, answer)))
+    made = Answering(respond or (lambda body: (status, answer)), metadata)
     thread = threading.Thread(target=made.server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:

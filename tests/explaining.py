@@ -6,9 +6,12 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
+from mlserver_hftasks.cli.local import engines_of
 from mlserver_hftasks.engine.batcher import Batcher
 from mlserver_hftasks.engine.cost import CostModel
+from mlserver_hftasks.engine.generator import Generator
 from mlserver_hftasks.engine.scheduler import Limits, Scheduler
+from mlserver_hftasks.engine.steps import StepLimits, StepScheduler
 from mlserver_hftasks.explain.explainer import Explainer
 from mlserver_hftasks.explain.options import ExplainOptions
 from mlserver_hftasks.explain.result import Explanation
@@ -20,7 +23,10 @@ Inputs = Mapping[str, Sequence[Any]]
 class Explaining:
     """An explainer, asked as a client asks."""
 
-    def __init__(self, served: Served, batcher: Batcher, explainer: Explainer) -> None:
+    def __init__(
+        self, served: Served, batcher: Batcher, explainer: Explainer, generator: Generator | None = None
+    ) -> None:
+        self.generator = generator
         self.served = served
         self.batcher = batcher
         self.explainer = explainer
@@ -39,9 +45,14 @@ async def explaining(served: Served, **options: Any) -> AsyncIterator[Explaining
     """`options` are those of `Explainer`."""
     scheduler = Scheduler(Limits(), CostModel(), padded=served.backend.padded)
     batcher = Batcher(served.backend, scheduler)
-    explainer = Explainer(served.task, served.backend, batcher, **options)
+    generator = None
+    if served.decoder is not None:
+        generator = Generator(served.decoder, StepScheduler(StepLimits(), served.decoder.cache_tokens))
+    explainer = Explainer(served.task, engines_of(served, batcher, generator), **options)
     try:
-        yield Explaining(served, batcher, explainer)
+        yield Explaining(served, batcher, explainer, generator)
     finally:
         await explainer.close()
         await batcher.close()
+        if generator is not None:
+            await generator.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from benchmarks.explanations import interference, speed, torchserve
+from benchmarks.explanations import answers, bound, interference, speed, torchserve
 from benchmarks.report import Findings
 from benchmarks.session import Session
 
@@ -12,6 +12,8 @@ TITLE = "Benchmark of explanations"
 EXPERIMENTS: Mapping[str, Callable[[Session], Findings]] = {
     "speed": speed.measure,
     "torchserve": torchserve.measure,
+    "bound": bound.measure,
     "interference": interference.measure,
+    "answers": answers.measure,
 }
 QUICK = ("speed", "interference")

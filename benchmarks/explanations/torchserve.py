@@ -17,8 +17,8 @@ from benchmarks.session import Session
 
 SPEEDUP = 10.0
 MAX_LENGTH = 150
-TEXTS, EXACT = 6, 3
-TOLERANCES = (0.05, 0.02, 0.01, 0.005, 0.002)
+TEXTS, EXACT = 4, 2
+TOLERANCES = (0.02, 0.01, 0.007, 0.005, 0.0035, 0.0025, 0.0015, 0.001)
 
 
 def measure(session: Session) -> Findings:

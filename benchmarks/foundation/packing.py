@@ -29,12 +29,17 @@ def measure(session: Session) -> Findings:
 
 def _measure(session: Session, shape: Shape) -> Findings:
     folder = session.model(shape)
-    packed, padded = InProcess(folder), InProcess(folder, packing="off")
+    packed, full, padded = InProcess(folder), InProcess(folder), InProcess(folder, packing="off")
+    full.read_all()
     rows = packed.rows(session.texts_for(shape)[: min(128, session.plan.texts // 2)])
     batches = in_arrival_order(rows, BATCH)
     results = take_turns(
         session.rounds(shape),
-        {"packed": partial(packed.forward, batches), "padded": partial(padded.forward, batches)},
+        {
+            "packed": partial(packed.forward, batches),
+            "packed, full last layer": partial(full.forward, batches),
+            "padded": partial(padded.forward, batches),
+        },
         session.tell,
     )
     for system, runs in results.items():
@@ -58,14 +63,23 @@ def _measure(session: Session, shape: Shape) -> Findings:
         detail=f"{_rate(rows, seconds['packed'])} against {_rate(rows, seconds['padded'])} texts/s, "
         f"padding share {_padding(batches):.2f}",
     )
-    differences = [_difference(a[1], b[1]) for a, b in zip(*results.values(), strict=True)]
+    early = Figure(
+        f"packed, last layer of what is read, against all of it, texts/s ({shape.name})",
+        Spread.of(ratios(seconds["packed, full last layer"], seconds["packed"])),
+        detail="a classifier reads the first token of each text",
+    )
+    differences = [
+        _difference(packed_run[1], other[1])
+        for name in ("packed, full last layer", "padded")
+        for packed_run, other in zip(results["packed"], results[name], strict=True)
+    ]
     equal = Figure(
         f"largest difference of their outputs ({shape.name})",
         Spread.of([max(differences)]),
         at_most=TOLERANCE if required else None,
         detail="logits with deviation 1",
     )
-    return Findings([speed, equal], [_by_size(session, packed, rows, shape)] if required else [])
+    return Findings([speed, early, equal], [_by_size(session, packed, rows, shape)] if required else [])
 
 
 def _by_size(session: Session, packed: InProcess, rows: list[Row], shape: Shape) -> Table:

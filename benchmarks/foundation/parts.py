@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import orjson
+import uvloop
 from mlserver.codecs.json import encode_to_json_bytes
 from mlserver.types import InferenceRequest, InferenceResponse
 
 from benchmarks import load, v2
+from benchmarks.instant import Instant
 from benchmarks.report import Figure, Findings, Table, number
 from benchmarks.rounds import Spread, ratios, take_turns
 from benchmarks.server import Model, Server, classifier, running
@@ -24,41 +25,47 @@ from benchmarks.session import Session
 from benchmarks.shapes import ONE_LAYER
 from mlserver_hftasks.codecs.envelope import check_envelope
 from mlserver_hftasks.codecs.response import encode_results
-from mlserver_hftasks.engine.batcher import Batcher
+from mlserver_hftasks.engine.batcher import INLINE_S, Batcher
 from mlserver_hftasks.engine.cost import CostModel
-from mlserver_hftasks.engine.rows import Outputs, Row
 from mlserver_hftasks.engine.scheduler import Limits, Scheduler
 from mlserver_hftasks.loading import load as load_model
 from mlserver_hftasks.runtime.service import RowService
 from mlserver_hftasks.settings import Settings
 from mlserver_hftasks.tasks.base import Answered
 
-ECHO, OURS = "echo", "one-layer"
+ECHO, INSTANT, OURS = "echo", "ours, no model", "ours, one layer"
+MODELS = {ECHO: "echo", INSTANT: "instant", OURS: "one-layer"}
+CLIENTS = (1, 8, 32)
+TIMES_ECHO = 1.25
 LIMIT_S = 30.0
 REPEATS = 300
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A closed loop on one of the models."""
+    """A closed loop on one of the models; CPU time of the server's process in microseconds per request."""
 
     p50_ms: float
     per_s: float
+    cpu_us: float
     loop_us: float
-    """CPU time of the event loop per request."""
-    others_us: float
+    """Of the event loop."""
+    forward_us: float
+    """Seconds of the model, by the clock."""
 
 
 def measure(session: Session) -> Findings:
-    """A one-layer model's request against an echo's, and where the difference goes."""
-    echo = Model(ECHO, implementation="benchmarks.echo.EchoRuntime")
-    ours = classifier(OURS, session.model(ONE_LAYER))
+    """A request of ours without a model against an echo's, and where the difference goes."""
+    folder = session.model(ONE_LAYER)
+    ours = classifier(MODELS[OURS], folder)
+    instant = Model(MODELS[INSTANT], folder, ours.extra, "benchmarks.instant.InstantRuntime")
+    echo = Model(MODELS[ECHO], implementation="benchmarks.echo.EchoRuntime")
     root = str(Path(__file__).resolve().parents[2])
-    with running(echo, ours, environment={"PYTHONPATH": root}) as server:
+    with running(echo, instant, ours, environment={"PYTHONPATH": root}) as server:
         systems = {
-            f"{name}, {clients}": partial(_serve, session, server, name, clients)
-            for name in (ECHO, OURS)
-            for clients in (1, 8)
+            f"{name}; {clients}": partial(_serve, session, server, MODELS[name], clients)
+            for clients in CLIENTS
+            for name in MODELS
         }
         for warm in systems.values():
             warm()
@@ -67,61 +74,80 @@ def measure(session: Session) -> Findings:
         for index, run in enumerate(each):
             values = {name: getattr(run, name) for name in Run.__slots__}
             session.journal.record("parts", system, shape=ONE_LAYER.described, round=index, **values)
-    parts = asyncio.run(_parts(session))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        parts = runner.run(_parts(session))
     session.journal.record("parts", "in process", shape=ONE_LAYER.described, us=dict(parts))
-    rows = [[name, number(value)] for name, value in parts]
-    return Findings(_figures(runs), [Table("Parts of a request in process", ("part", "us, median"), rows)])
+    return Findings(_figures(runs), [_served(runs), _in_process(parts)])
 
 
 def _serve(session: Session, server: Server, model: str, clients: int) -> Run:
     target = v2.Texts(server.host, server.port, model, session.texts())
-    before = server.cpu()
+    before, cpu = server.metrics(model), server.cpu()
     seen = load.run(load.closed_loop(target, clients, 4 * session.plan.single_texts, limit_s=LIMIT_S))
-    cpu = server.cpu().since(before)
+    cpu, after = server.cpu().since(cpu), server.metrics(model)
+    name = "hftasks_forward_seconds_sum"
     return Run(
         load.percentile(seen.latencies_ms(), 50),
         seen.per_second,
+        1e6 * (cpu.loop_s + cpu.others_s) / seen.sent,
         1e6 * cpu.loop_s / seen.sent,
-        1e6 * cpu.others_s / seen.sent,
+        1e6 * (after.get(name, 0.0) - before.get(name, 0.0)) / seen.sent,
     )
 
 
 def _figures(runs: dict[str, list[Run]]) -> list[Figure]:
-    def of(system: str, name: str) -> list[float]:
-        return [getattr(run, name) for run in runs[system]]
+    def of(name: str, clients: int) -> list[float]:
+        return [run.cpu_us for run in runs[f"{name}; {clients}"]]
 
     return [
         Figure(
-            f"request to a one-layer model against an echo, {clients} client(s), {what}",
-            Spread.of(ratios(of(f"{OURS}, {clients}", name), of(f"{ECHO}, {clients}", name))),
-            detail=f"{number(Spread.of(of(f'{OURS}, {clients}', name)).median)} against "
-            f"{number(Spread.of(of(f'{ECHO}, {clients}', name)).median)} {unit}",
+            f"CPU of a request beside the model against an echo's, {clients} client" + "s" * (clients > 1),
+            Spread.of(ratios(of(INSTANT, clients), of(ECHO, clients))),
+            at_most=TIMES_ECHO,
+            detail=f"{number(Spread.of(of(INSTANT, clients)).median)} against "
+            f"{number(Spread.of(of(ECHO, clients)).median)} us; with one layer "
+            f"{number(Spread.of(of(OURS, clients)).median)} us",
         )
-        for clients, name, what, unit in (
-            (1, "p50_ms", "median latency", "ms"),
-            (1, "loop_us", "CPU of the event loop", "us"),
-            (8, "loop_us", "CPU of the event loop", "us"),
-        )
+        for clients in CLIENTS
     ]
+
+
+COLUMNS = {
+    "per_s": "requests/s",
+    "p50_ms": "p50 ms",
+    "cpu_us": "CPU us",
+    "loop_us": "of these the event loop",
+    "forward_us": "the model, us",
+}
+
+
+def _served(runs: dict[str, list[Run]]) -> Table:
+    rows = []
+    for system, each in runs.items():
+        name, _, clients = system.partition("; ")
+        shown = [number(Spread.of([getattr(run, column) for run in each]).median) for column in COLUMNS]
+        rows.append([name, clients, *shown])
+    return Table("A request in the server", ("", "clients", *COLUMNS.values()), rows)
+
+
+def _in_process(parts: list[tuple[str, float]]) -> Table:
+    whole = dict(parts)[WHOLE]
+    rows = [[name, number(value), f"{100 * value / whole:.0f}"] for name, value in parts]
+    return Table("Parts of a request in process", ("part", "us, median", "% of all of ours"), rows)
 
 
 # -- the parts, in process -----------------------------------------------------------------------
 
 
-class _Instant:
-    """A backend that answers at once."""
-
-    def forward(self, rows: Sequence[Row]) -> list[Outputs]:
-        """The same logits for every row."""
-        return [{"logits": np.zeros(2, dtype=np.float32)} for _ in rows]
+WHOLE = "all of ours, the model instant"
 
 
 async def _parts(session: Session) -> list[tuple[str, float]]:
     folder = str(session.model(ONE_LAYER))
     served = load_model(Settings(task="text-classification", pretrained_model=folder, device="cpu"))
     task = served.task
-    batcher = Batcher(_Instant(), Scheduler(Limits(), CostModel(), padded=False))
-    service = RowService(task, None, batcher)
+    here, there = _batcher(INLINE_S), _batcher(0.0)
+    service = RowService(task, None, here)
     body = v2.Texts("", 0, OURS, session.texts(64)).request(0).partition(b"\r\n\r\n")[2]
     payload = InferenceRequest.model_validate(orjson.loads(body))
     call, parameters = service._decode(payload)
@@ -131,23 +157,36 @@ async def _parts(session: Session) -> list[tuple[str, float]]:
     response = InferenceResponse(model_name=OURS, outputs=(await service.answer(payload)).outputs)
     parts = [
         ("JSON, check the envelope", _time(lambda: check_envelope(orjson.loads(body)))),
-        (
-            "V2 types from JSON (MLServer's)",
-            _time(lambda: InferenceRequest.model_validate(orjson.loads(body))),
-        ),
         ("decode the request, check the parameters", _time(lambda: service._decode(payload))),
         ("tokenize", _time(lambda: task.examples(call.inputs, parameters))),
-        ("schedule, to the device thread and back", await _time_async(lambda: batcher.run(example.rows))),
+        ("schedule, run a batch on the event loop", await _time_async(lambda: here.run(example.rows))),
         ("postprocess", _time(lambda: task.postprocess(answered, parameters))),
         ("encode the result", _time(lambda: encode_results(result))),
-        ("JSON from V2 types (MLServer's)", _time(lambda: encode_to_json_bytes(response.model_dump()))),
-        ("all of ours, the model instant", await _time_async(lambda: service.answer(payload))),
+        (WHOLE, await _time_async(lambda: service.answer(payload))),
+        (
+            "instead: schedule, to the device thread and back",
+            await _time_async(lambda: there.run(example.rows)),
+        ),
+        (
+            "MLServer: V2 types from JSON",
+            _time(lambda: InferenceRequest.model_validate(orjson.loads(body))),
+        ),
+        (
+            "MLServer: JSON from V2 types",
+            _time(lambda: encode_to_json_bytes(response.model_dump())),
+        ),
         ("forward, one layer", _time(lambda: served.backend.forward(example.rows))),
-        ("full garbage collection of this process", _time(gc.collect, 3)),
     ]
-    await batcher.close()
+    await here.close()
+    await there.close()
     served.backend.close()
     return parts
+
+
+def _batcher(inline_s: float) -> Batcher:
+    cost = CostModel()
+    cost.observe(1, 1e-6, lasting=True)
+    return Batcher(Instant(), Scheduler(Limits(), cost, padded=False), inline_s=inline_s)
 
 
 def _time(call: Callable[[], Any], repeats: int = REPEATS) -> float:

@@ -2,7 +2,7 @@
 
 systems             what is compared, a row each
 fleet               their servers, side by side; a model that both transformers versions load
-start, cost         start and memory; what a request costs beside the model
+start               start and memory; `cost` is the foundation's `parts`
 online, limits      one text per request, beside what the core could do
 padding             the same with lengths that differ more and more
 bulk                a request of 512 texts, alone and beside single ones
@@ -17,15 +17,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
-from benchmarks.report import Findings
+from benchmarks.foundation import parts
+from benchmarks.report import Findings, Table
 from benchmarks.session import Session
-from benchmarks.versus import bulk, cost, embeddings, online, overload, padding, start
+from benchmarks.versus import bulk, embeddings, online, overload, padding, start
 from benchmarks.versus.fleet import Fleet
 
 EXPERIMENTS: Mapping[str, Callable[[Fleet], Findings]] = {
     # before the fleet is there
     "start": start.measure,
-    "cost": cost.measure,
+    "cost": lambda fleet: parts.measure(fleet.session),
     "embeddings": embeddings.measure,
     "online": online.measure,
     "padding": padding.measure,
@@ -52,4 +53,9 @@ def experiments(
 
 
 def _with(fleet: Fleet, measure: Callable[[Fleet], Findings], session: Session) -> Findings:
-    return measure(fleet)
+    known = set(fleet.failed)
+    findings = measure(fleet)
+    rows = [[name, why] for name, why in fleet.failed.items() if name not in known]
+    if rows:
+        findings.tables.append(Table("Systems that did not start, and are not measured", ("", "why"), rows))
+    return findings

@@ -6,19 +6,20 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from urllib.parse import urlsplit
 
 from benchmarks import load, v2
-from benchmarks.server import Server
+from benchmarks.server import Server, ServerError
 from benchmarks.session import Session
 from benchmarks.shapes import MINILM, Shape
 from benchmarks.versus.systems import System, chosen
+from mlserver_hftasks.errors import HFTasksError
 
 WARM_TEXTS, LIMIT_S = 48, 120.0
 
@@ -54,6 +55,8 @@ class Fleet:
     _stack: ExitStack = field(default_factory=ExitStack)
     _servers: list[Server] = field(default_factory=list)
     _endpoints: list[Endpoint] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    """Systems that did not start, and why."""
 
     def __enter__(self) -> Fleet:
         return self
@@ -81,13 +84,27 @@ class Fleet:
         folders = {shape.name: shared(self.session, shape) for shape in self.session.plan.shapes}
         servers = {}
         for system in chosen(quick=self.session.plan.name == "quick"):
-            home = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="hftasks-bench-")))
-            models = [system.model(name, folder) for name, folder in folders.items()]
-            servers[system.name] = system, Server(models, home, **system.server_options())
-            self._servers.append(servers[system.name][1])
-        for _, server in servers.values():
-            server.wait_until_ready()
-        return [Endpoint(system, server.host, server.port) for system, server in servers.values()]
+            with self._noticed(system):
+                home = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="hftasks-bench-")))
+                models = [system.model(name, folder) for name, folder in folders.items()]
+                servers[system.name] = system, Server(models, home, **system.server_options())
+                self._servers.append(servers[system.name][1])
+        for system, server in servers.values():
+            with self._noticed(system):
+                server.wait_until_ready()
+        return [
+            Endpoint(system, server.host, server.port)
+            for system, server in servers.values()
+            if system.name not in self.failed
+        ]
+
+    @contextmanager
+    def _noticed(self, system: System) -> Iterator[None]:
+        """What is wrong with one system shall not keep the others from being measured."""
+        try:
+            yield
+        except (ServerError, HFTasksError, OSError, ImportError) as error:
+            self.failed[system.name] = f"{type(error).__name__}: {error}"[-300:]
 
     def _given(self) -> list[Endpoint]:
         endpoints = []

@@ -77,7 +77,7 @@ BF16_OPENVINO = System(
     program={"backend": "openvino"},
     quick=False,
 )
-INT8 = System("ours int8", "ours", "int8", extra={"quantization": "int8"})
+INT8 = System("ours int8", "ours", "int8", extra={"quantization": "int8"}, quick=False)
 INT8_ONNX = System(
     "ours int8, ONNX Runtime", "ours", "int8", program={"backend": "onnx", "quantization": "int8"}
 )
@@ -88,7 +88,7 @@ BATCHING = System(
     settings={"max_batch_size": 16, "max_batch_time": 0.01},
     input_name="array_inputs",
 )
-ECHO = System("echo", "ceiling")
+ECHO = System("echo", "ceiling", quick=False)
 
 SYSTEMS = (FP32, FP32_PADDED, ONNX, BF16, BF16_OPENVINO, INT8, INT8_ONNX, PLAIN, BATCHING, ECHO)
 """All that is started here; the figures take the best of ours of each dtype."""

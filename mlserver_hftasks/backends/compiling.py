@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
-from mlserver_hftasks.backends.packing import varlen_attention
+from mlserver_hftasks.backends.varlen import varlen_attention
 from mlserver_hftasks.engine.rows import Row
 from mlserver_hftasks.errors import InvalidSettings
 
@@ -23,7 +23,14 @@ logger = logging.getLogger("mlserver.hftasks")
 ATTENTION_NAME = "hftasks_varlen_opaque"
 WHERE = "@ parameters.extra.compile"
 
-AttentionInterface.register(ATTENTION_NAME, torch.compiler.disable(varlen_attention))  # type: ignore[no-untyped-call]
+
+def outside(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, left as it is wherever a program calls it."""
+    left: Callable[..., Any] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return left
+
+
+AttentionInterface.register(ATTENTION_NAME, outside(varlen_attention))
 
 
 def compiled(forward: Callable[..., Any], backend: str, mode: str | None) -> Callable[..., Any]:

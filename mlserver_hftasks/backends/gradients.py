@@ -42,7 +42,14 @@ CHUNK = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class PathRow(Row):
+class ScoredRow(Row):
+    """A row of which only a few numbers are wanted: `score` makes them of its outputs."""
+
+    score: Score = field(default=lambda outputs: torch.zeros(0))
+
+
+@dataclass(frozen=True, slots=True)
+class PathRow(ScoredRow):
     """A row at the point `alpha` between its baseline (0) and itself (1).
 
     `kept`, [tokens], says which tokens are never absent.
@@ -51,7 +58,6 @@ class PathRow(Row):
     alpha: float = 1.0
     absent: Absent = "zero"
     kept: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=np.bool_))
-    score: Score = field(default=lambda outputs: torch.zeros(0))
 
 
 @runtime_checkable
@@ -79,7 +85,7 @@ class PathBackend:
         self.padded = clone.padded
         self.device = clone._device
         self.pause: Callable[[], object] = lambda: None
-        for module in _products(clone._model.base_model):
+        for module in products_of(clone._model.base_model):
             module.register_forward_hook(self._after_forward)
 
     @classmethod
@@ -262,7 +268,7 @@ def _contributions(scores: Sequence[Tensor], point: Tensor, way: Tensor) -> Floa
     return contributions
 
 
-def _products(backbone: torch.nn.Module) -> list[torch.nn.Module]:
+def products_of(backbone: torch.nn.Module) -> list[torch.nn.Module]:
     """The modules that multiply by a matrix."""
     weights = ((module, getattr(module, "weight", None)) for module in backbone.modules())
     return [

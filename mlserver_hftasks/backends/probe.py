@@ -115,6 +115,18 @@ def selecting(row: Row) -> Row:
     return replace(row, select=np.arange(row.cost))
 
 
+def selected(rows: Sequence[Row], alone: Sequence[Outputs]) -> tuple[list[Row], list[Outputs]]:
+    """The rows with a few of their tokens selected, and what of `alone`, [tokens, ...], each must get."""
+    chosen = [np.array([0, row.cost - 1, row.cost // 2][: 1 + index % 3]) for index, row in enumerate(rows)]
+    return (
+        [replace(row, select=select) for row, select in zip(rows, chosen, strict=True)],
+        [
+            {name: array[select] for name, array in outputs.items()}
+            for outputs, select in zip(alone, chosen, strict=True)
+        ],
+    )
+
+
 def _hardened(row: Row, pad_token_id: int, typed: bool) -> Row:
     arrays = {name: values.copy() for name, values in row.arrays.items()}
     middle = row.cost // 2

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from mlserver_hftasks.backends import feeds
 from mlserver_hftasks.backends import probe as probing
-from mlserver_hftasks.backends.base import Description, Head
+from mlserver_hftasks.backends.base import Description, Head, Level
 from mlserver_hftasks.backends.gradients import PathBackend
 from mlserver_hftasks.backends.packing import Backbone, Layout
 from mlserver_hftasks.backends.placed import moved
@@ -81,7 +81,7 @@ class TorchBackend:
                 "compiled, expected one that can be packed, or no such key @ parameters.extra.compile"
             )
         make = functools.partial(compiling.compiled, backend=backend, mode=mode)
-        self._backbone.replace(make, compiling.ATTENTION_NAME)
+        self._backbone.replace(make, compiling.ATTENTION_NAME, compiling.outside)
         compiling.warm(self._forward, rows)
 
     def close(self) -> None:
@@ -156,6 +156,23 @@ class TorchBackend:
             self._backbone.use(Layout.SINGLE)
         if self._backbone.layout in (Layout.PADDED, Layout.SINGLE):
             logger.info("%s cannot be packed; its rows run %s", name, self._backbone.layout.value)
+        self._read_early(rows, alone, tolerance)
+
+    def _read_early(self, rows: Sequence[Row], alone: Sequence[Outputs], tolerance: float) -> None:
+        """Compute no more of the last layer than the head reads, if its answers stay what they are.
+
+        Whether a head over whole rows reads their first tokens is seen by giving it no others.
+        """
+        levels = set(self._head.outputs.values())
+        first = levels == {Level.SEQUENCE}
+        if len(levels) > 1 or not self._backbone.read_early(first=first):
+            return
+        if not first:
+            rows, alone = probing.selected(rows, alone)
+        reason = probing.objection_to(self._forward, rows, alone, tolerance)
+        if reason is not None:
+            logger.debug("%s is not read early: %s", type(self._model).__name__, reason)
+            self._backbone.read_all()
 
     def _objection(
         self, layout: Layout, rows: Sequence[Row], alone: Sequence[Outputs], tolerance: float

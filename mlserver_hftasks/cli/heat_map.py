@@ -34,7 +34,7 @@ def _panel(reading: Reading, index: int) -> Panel:
     parts: list[RenderableType] = [_numbers(target, scale)]
     if not target.converged:
         missed = scale.number(target.delta)
-        parts.append(Text(f"Not converged: the numbers miss the score by {missed}.", "yellow"))
+        parts.append(Text(f"Not converged: less certain than was asked for (delta {missed}).", "yellow"))
     below: list[RenderableType] = [_coloured(pieces, scale) for pieces in reading.passages(index)]
     parts += [Padding(part, (1, 0, 0, 0)) for part in [*below, _table(words, scale)]]
     how = f"{reading.method}, baseline {reading.baseline}, {reading.evaluations} evaluations"
@@ -64,7 +64,8 @@ def _numbers(target: Target, scale: Scale) -> Text:
 def _coloured(pieces: Sequence[Piece], scale: Scale) -> Text:
     made = Text()
     for piece in pieces:
-        made.append(piece.text, _style(scale.share(piece.word.attribution)) if piece.word else "")
+        plain = "bold reverse" if piece.explained else ""
+        made.append(piece.text, _style(scale.share(piece.word.attribution)) if piece.word else plain)
     return made
 
 

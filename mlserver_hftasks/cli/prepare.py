@@ -35,9 +35,9 @@ Export, optimize or quantize a model, compare it with the original, and write a 
 
     hftasks prepare ./my-model models/ner --task token-classification --backend onnx
 
-    hftasks prepare ./my-model models/fast --task text-classification --backend export --compile
-
     hftasks prepare ./my-decoder models/writer --task text-generation --backend onnx
+
+    hftasks prepare ./my-model models/fast --task text-classification --backend export --compile
 
     mlserver start models/sst2
 

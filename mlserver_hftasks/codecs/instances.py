@@ -23,6 +23,7 @@ INPUTS = {
     "text_pair": "text_pair",
     "question": "question",
     "context": "context",
+    "messages": "messages",
 }
 """Keys of an instance that are inputs, and the names of those in a V2 request."""
 PAIRED = {**INPUTS, "text": "text"}

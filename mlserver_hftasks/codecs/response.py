@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import orjson
-from mlserver.types import Parameters, ResponseOutput
+from mlserver.types import Parameters, ResponseOutput, TensorData
 from PIL import Image
 
 RESULT_NAME = "output"
@@ -46,8 +46,6 @@ def encode_tensor(name: str, datatype: str, values: npt.NDArray[Any]) -> Respons
 
 
 def _data(elements: list[Any]) -> Any:
-    from mlserver.types import TensorData
-
     return TensorData.model_construct(root=elements)
 
 

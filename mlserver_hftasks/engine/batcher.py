@@ -1,14 +1,17 @@
 """asyncio in front, the device thread behind, the scheduler between them.
 
 The device thread takes its next batch itself, at the moment it is free: a batch is formed as late as
-can be, and the device never waits for the event loop. A second scheduler, where there is one, holds rows of
-the background: their batches run while no other row waits.
+can be, and the device never waits for the event loop. When the device is idle the event loop forms the batch,
+once the requests that came with one look at the sockets have all queued their rows, and runs it right there
+if it is short: handing over to a thread and back costs more than such a batch. A second scheduler, where
+there is one, holds rows of the background: their batches run while no other row waits.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +23,8 @@ from mlserver_hftasks.engine.scheduler import Scheduler
 from mlserver_hftasks.errors import ForwardFailed, HFTasksError, Unavailable
 
 Result = Outputs | Exception
+_Taken = tuple[Scheduler, Batch]
+"""A batch, and the scheduler that formed it."""
 
 
 class Forward(Protocol):
@@ -31,6 +36,10 @@ class Forward(Protocol):
 
 BACKGROUND_PATIENCE_S = 1.0
 """Seconds after which a batch of the background runs though other rows wait, so that nothing starves."""
+
+
+INLINE_S = 2e-3
+"""What `inline_s` may be where the event loop has other things to do: so long at most are they held up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +67,12 @@ class _Waiter:
 
 
 class Batcher:
-    """Runs rows of concurrent callers in shared batches on one device thread.
+    """Runs rows of concurrent callers in shared batches, one batch at a time.
 
     Made on the event loop that will await `run`. There `observe` is called after each batch, and
-    `observe_queue` with the number of waiting rows whenever it has changed.
+    `observe_queue` with the number of waiting rows whenever it has changed. Batches run on a thread of their
+    own, but those of the foreground that are predicted to take up to `inline_s` on the event loop.
+    `on_thread_start` is called when the thread starts, and before a batch runs on the event loop.
     """
 
     def __init__(
@@ -70,6 +81,7 @@ class Batcher:
         scheduler: Scheduler,
         *,
         on_thread_start: Callable[[], None] = lambda: None,
+        inline_s: float = 0.0,
         observe: Callable[[BatchReport], None] = lambda report: None,
         observe_queue: Callable[[int], None] = lambda rows: None,
         name: str = "device",
@@ -79,13 +91,21 @@ class Batcher:
         self._background: Scheduler | None = None
         self._background_due = 0.0
         self._on_thread_start = on_thread_start
+        self._inline_s = inline_s
         self._observe = observe
         self._observe_queue = observe_queue
         self._loop = asyncio.get_running_loop()
         self._waiters: dict[Job, _Waiter] = {}
         self._wake = threading.Condition()
         self._closed = False
+        self._running = False
+        """Whether a batch is on its way, from the moment that it was formed; the next follows by itself."""
+        self._handed: _Taken | None = None
+        """Formed by the event loop for the device thread."""
+        self._dispatching = False
+        self._context = contextvars.Context()
         self._idle = threading.Event()
+        self._idle.set()
         self._thread = threading.Thread(target=self._run_device, name=f"hftasks-{name}", daemon=True)
         self._thread.start()
 
@@ -122,8 +142,10 @@ class Batcher:
                 self._background_due = now + BACKGROUND_PATIENCE_S
             job = scheduler.submit(rows, now if since is None else since)
             self._waiters[job] = waiter
-            self._wake.notify()
-        self._observe_queue(self.queued_rows)
+            if not self._running:
+                self._dispatch_soon()
+        if self._running:
+            self._observe_queue(self.queued_rows)
         try:
             return await waiter.future
         finally:
@@ -166,46 +188,60 @@ class Batcher:
     def _run_device(self) -> None:
         try:
             self._on_thread_start()
-            while (taken := self._take_batch()) is not None:
-                self._run_batch(*taken)
+            while (taken := self._wait_for_batch()) is not None:
+                while taken is not None:
+                    self._post(self._deliver, *self._run_batch(*taken))
+                    taken = self._following()
         except BaseException as error:
             # Only a defect of ours gets here; whoever waits must be told all the same.
             self._post(self._fail_all, ForwardFailed(f"the device thread failed: {error!r}"))
-
-    def _run_batch(self, scheduler: Scheduler, batch: Batch) -> None:
-        left_at = time.monotonic()
-        results = self._execute(batch.tickets)
-        seconds = time.monotonic() - left_at
-        failed = sum(isinstance(result, Exception) for result in results)
-        with self._wake:
-            scheduler.finished(batch, None if failed else seconds)
-            report = self._report(batch, left_at, seconds, failed)
-        self._post(self._deliver, batch, results, report)
 
     def _post(self, callback: Callable[..., None], *args: object) -> None:
         # At the end of the process the loop may be gone before this daemon thread is.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(callback, *args)
 
-    def _take_batch(self) -> tuple[Scheduler, Batch] | None:
+    def _wait_for_batch(self) -> _Taken | None:
+        """What the event loop hands over; None at the end."""
         with self._wake:
             while not self._closed:
-                now = time.monotonic()
-                taken = self._take_background(now) if now > self._background_due else None
-                taken = taken or self._take_foreground(now) or self._take_background(now)
-                if taken is not None:
+                if self._handed is not None:
+                    taken, self._handed = self._handed, None
                     return taken
                 self._wake.wait()
         return None
 
-    def _take_foreground(self, now: float) -> tuple[Scheduler, Batch] | None:
+    def _following(self) -> _Taken | None:
+        """The next batch, right after one has run; None if no rows wait, or at the end."""
+        with self._wake:
+            taken = None if self._closed else self._next(time.monotonic())
+            self._running = taken is not None
+        return taken
+
+    # -- on whichever of the two -----------------------------------------------------------------
+
+    def _run_batch(self, scheduler: Scheduler, batch: Batch) -> tuple[Batch, list[Result], BatchReport]:
+        left_at = time.monotonic()
+        results = self._execute(batch.tickets)
+        seconds = time.monotonic() - left_at
+        failed = sum(isinstance(result, Exception) for result in results)
+        with self._wake:
+            scheduler.finished(batch, None if failed else seconds)
+        return batch, results, self._report(batch, left_at, seconds, failed)
+
+    def _next(self, now: float) -> _Taken | None:
+        """Form the next batch. The lock is held."""
+        taken = self._take_background(now) if now > self._background_due else None
+        return taken or self._take_foreground(now) or self._take_background(now)
+
+    def _take_foreground(self, now: float) -> _Taken | None:
         batch = self._scheduler.next_batch(now)
         if batch is None:
             self._idle.set()
             return None
         return self._scheduler, batch
 
-    def _take_background(self, now: float) -> tuple[Scheduler, Batch] | None:
+    def _take_background(self, now: float) -> _Taken | None:
         batch = self._background.next_batch(now) if self._background is not None else None
         if batch is None or self._background is None:
             return None
@@ -236,6 +272,40 @@ class Batcher:
         )
 
     # -- event loop ------------------------------------------------------------------------------
+
+    def _dispatch_soon(self) -> None:
+        if not self._dispatching:
+            self._dispatching = True
+            self._loop.call_soon(self._dispatch, context=self._context)
+
+    def _dispatch(self) -> None:
+        """Form the batch that an idle device shall run; run it here if it is short."""
+        self._dispatching = False
+        with self._wake:
+            taken = None if self._running or self._closed else self._next(time.monotonic())
+            if taken is None:
+                return
+            self._running = True
+            if not self._is_short(*taken):
+                self._handed = taken
+                self._wake.notify()
+                return
+        try:
+            self._run_here(*taken)
+        except Exception as error:  # as in `_run_device`
+            self._fail_all(ForwardFailed(f"the engine failed: {error!r}"))
+
+    def _is_short(self, scheduler: Scheduler, batch: Batch) -> bool:
+        cost = scheduler.cost
+        return scheduler is self._scheduler and cost.knows and cost.seconds(batch.cost) <= self._inline_s
+
+    def _run_here(self, scheduler: Scheduler, batch: Batch) -> None:
+        self._on_thread_start()
+        ran = self._run_batch(scheduler, batch)
+        with self._wake:
+            self._running = False
+        self._deliver(*ran)
+        self._dispatch_soon()  # later: what came meanwhile is read first
 
     def _deliver(self, batch: Batch, results: Sequence[Result], report: BatchReport) -> None:
         for ticket, result in zip(batch.tickets, results, strict=True):

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import math
-
-import numpy as np
-import numpy.typing as npt
-
-FloatArray = npt.NDArray[np.float64]
+from typing import NamedTuple
 
 KNEE_EFFICIENCY = 0.95
 """A larger batch is not worth its latency once throughput reaches this share of its limit."""
@@ -16,6 +12,20 @@ USUAL_DEVIATION = 0.1
 """Of predictions from what batches take, until it is known."""
 MOST_DEVIATION = 2.0
 """One batch that was held up for long says no more than this."""
+
+
+class _Sums(NamedTuple):
+    """Sums over batches: of their weights, and with these of cost, seconds, cost^2 and cost x seconds."""
+
+    weight: float = 0.0
+    x: float = 0.0
+    y: float = 0.0
+    xx: float = 0.0
+    xy: float = 0.0
+
+    def plus(self, other: _Sums, factor: float = 1.0) -> _Sums:
+        """The sums over both, the others' times a factor."""
+        return _Sums(*(mine + factor * theirs for mine, theirs in zip(self, other, strict=True)))
 
 
 class CostModel:
@@ -27,8 +37,7 @@ class CostModel:
 
     def __init__(self, memory: float = 0.98) -> None:
         self._memory = memory
-        self._lasting: FloatArray = np.zeros(5)
-        self._recent: FloatArray = np.zeros(5)
+        self._lasting = self._recent = _Sums()
         self._variance = USUAL_DEVIATION**2
         self.overhead_s = 0.0
         self.per_token_s = 0.0
@@ -39,12 +48,12 @@ class CostModel:
         Without those, batches that all have the size of the budget could not tell overhead from slope.
         The squares are weighted by 1/cost, since noise grows with the batch.
         """
-        sums = np.array([1.0, cost, seconds, cost * cost, cost * seconds]) / cost
+        sums = _Sums(1.0 / cost, 1.0, seconds / cost, float(cost), seconds)
         if lasting:
-            self._lasting += sums
+            self._lasting = self._lasting.plus(sums)
         else:
             self._learn_deviation(cost, seconds)
-            self._recent = self._memory * self._recent + sums
+            self._recent = sums.plus(self._recent, self._memory)
         self._solve()
 
     def _learn_deviation(self, cost: int, seconds: float) -> None:
@@ -53,7 +62,7 @@ class CostModel:
             self._variance = self._memory * self._variance + (1 - self._memory) * missed**2
 
     def _solve(self) -> None:
-        weight, x, y, xx, xy = (float(value) for value in self._lasting + self._recent)
+        weight, x, y, xx, xy = self._lasting.plus(self._recent)
         spread = weight * xx - x * x
         self.overhead_s, self.per_token_s = 0.0, y / x
         if spread > 1e-9 * weight * xx:
@@ -70,7 +79,7 @@ class CostModel:
     @property
     def knows(self) -> bool:
         """Whether any batch was seen."""
-        return bool((self._lasting + self._recent)[0] > 0)
+        return self._lasting.weight + self._recent.weight > 0
 
     def seconds(self, cost: float) -> float:
         """Predicted seconds of one batch of that cost."""

@@ -120,6 +120,7 @@ class Generator:
         self._waiters: dict[GenerationJob, _Waiter] = {}
         self._wake = threading.Condition()
         self._closed = False
+        self._idle = threading.Event()
         self._thread = threading.Thread(target=self._run_device, name=f"hftasks-{name}", daemon=True)
         self._thread.start()
 
@@ -167,6 +168,13 @@ class Generator:
         with self._wake:
             self._scheduler.check_admission(1, 1)
 
+    def wait_until_idle(self, seconds: float) -> bool:
+        """Hold the calling thread while sequences run or wait, for so long at most.
+
+        Whether there are none now.
+        """
+        return self._idle.wait(seconds)
+
     @property
     def occupancy(self) -> Occupancy:
         """How full it is now."""
@@ -178,6 +186,7 @@ class Generator:
         """Let the running step end, fail what is not done, and end the thread."""
         with self._wake:
             self._closed = True
+            self._idle.set()
             self._wake.notify()
         await asyncio.to_thread(self._thread.join)
         self._fail_all(Unavailable("the model was unloaded while the request waited"))
@@ -190,6 +199,7 @@ class Generator:
                 raise Unavailable("the model is being unloaded, expected a model that is ready")
             job = self._scheduler.submit(prompts, time.monotonic(), deadline=deadline, streams=streams)
             waiter = self._waiters[job] = _Waiter(len(prompts))
+            self._idle.clear()
             self._wake.notify()
         self._observe_occupancy(self.occupancy)
         return job, waiter
@@ -220,6 +230,7 @@ class Generator:
                     self._post(self._deliver, [_news(sequence, with_token=False) for sequence in late], None)
                 if chunks := self._scheduler.next_step(now):
                     return chunks
+                self._idle.set()
                 self._wake.wait()
         return None
 

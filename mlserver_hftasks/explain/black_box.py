@@ -1,57 +1,33 @@
 """Explains a model that can only be asked: which words of a text its score rests on.
 
 The features are words, since of another server's model the tokens are not known. Absent words are left
-out, or replaced by a text of the settings.
+out, or replaced by a text of the settings. Of a question and its context the score is that of the answer's
+text, wherever it is found.
 """
 
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from mlserver_hftasks.engine.rows import FloatArray
 from mlserver_hftasks.engine.together import together
-from mlserver_hftasks.errors import ForwardFailed, InvalidRequest, Overloaded, RequestTooLarge
+from mlserver_hftasks.errors import ForwardFailed, InvalidRequest, Overloaded
 from mlserver_hftasks.explain.methods.base import Effort, Estimate
 from mlserver_hftasks.explain.methods.masking import MaskMethod, occlusion, permutation_shap
 from mlserver_hftasks.explain.options import ExplainOptions
 from mlserver_hftasks.explain.remote import RemoteModel, Scores
-from mlserver_hftasks.explain.result import BoolArray, Explanation
-from mlserver_hftasks.tasks.base import ItemLimits
-from mlserver_hftasks.tasks.signature import Parameters, Signature
-from mlserver_hftasks.tasks.text import TEXTS
+from mlserver_hftasks.explain.result import Explanation
+from mlserver_hftasks.explain.words import QUESTION, Item, Words, words_of
+from mlserver_hftasks.tasks.base import Answered, ItemLimits
+from mlserver_hftasks.tasks.signature import Parameters
 
-WORD = re.compile(r"\w+(?:['\u2019]\w+)*|[^\w\s]")
-MAX_WORDS = 512
 METHODS = {"permutation-shap": permutation_shap, "occlusion": occlusion}
 DEFAULT_METHOD = "permutation-shap"
 LEFT_OUT = "left out"
-
-SIGNATURE = Signature(inputs=(TEXTS,), parameters=Parameters, outputs=())
-"""What an explainer of another model takes."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Words:
-    """A text, and where its words are."""
-
-    text: str
-    spans: tuple[tuple[int, int], ...]
-
-    def without(self, present: BoolArray, replacement: str) -> str:
-        """The text with those words only; as it is if all are present."""
-        if present.all():
-            return self.text
-        pieces, position = [], 0
-        for (start, end), is_present in zip(self.spans, present.tolist(), strict=True):
-            pieces += [self.text[position:start], self.text[start:end] if is_present else replacement]
-            position = end
-        return " ".join("".join([*pieces, self.text[position:]]).split())
 
 
 class BlackBoxExplainer:
@@ -77,11 +53,15 @@ class BlackBoxExplainer:
         return ("auto", *METHODS)
 
     async def explain(
-        self, inputs: Mapping[str, Sequence[Any]], parameters: Parameters, options: ExplainOptions
+        self,
+        inputs: Mapping[str, Sequence[Any]],
+        parameters: Parameters,
+        options: ExplainOptions,
+        answered: Sequence[Answered] | None = None,
     ) -> list[Explanation]:
-        """One explanation per text. Raises `HFTasksError`."""
+        """One explanation per text; the answers are never known. Raises `HFTasksError`."""
         method = self._method(options)
-        texts = self._texts(inputs.get("inputs", ()))
+        texts = words_of(inputs, self._limits)
         if self._waiting + len(texts) > self._max_waiting:
             raise Overloaded(
                 f"{self._waiting} texts are being explained and the request brings {len(texts)}, expected at "
@@ -101,44 +81,45 @@ class BlackBoxExplainer:
         await self._model.close()
 
     async def _explain(
-        self, words: _Words, method: str, options: ExplainOptions, until: float | None
+        self, words: Words, method: str, options: ExplainOptions, until: float | None
     ) -> Explanation:
         # The answer to the text itself says what to explain, whatever the time.
-        (whole,) = await self._model.scores([words.text])
+        (whole,) = await self._model.scores([words.item])
         if not whole:
             raise ForwardFailed("no score of the model that is explained, expected some @ infer_uri")
         label = _target(options.target, whole)
         run = METHODS[method](len(words.spans), Effort(options.tolerance, options.max_evals))
-        estimate = await self._run(run, words, {words.text: whole}, label, until)
+        estimate = await self._run(run, words, {words.item: whole}, label, until)
         return self._explanation(words, method, label, tuple(whole), estimate)
 
     async def _run(
-        self, method: MaskMethod, words: _Words, known: dict[str, Scores], label: str, until: float | None
+        self, method: MaskMethod, words: Words, known: dict[Item, Scores], label: str, until: float | None
     ) -> Estimate:
         """Run a method to its end; texts that come out the same are asked for once."""
         try:
             masks = next(method)
             while True:
-                texts = [words.without(mask, self._replacement) for mask in masks]
-                wanted = [text for text in dict.fromkeys(texts) if text not in known]
+                items = [words.without(mask, self._replacement) for mask in masks]
+                wanted = [item for item in dict.fromkeys(items) if item not in known]
                 answers = await self._model.scores(wanted, until)
                 known.update(
-                    (text, said) for text, said in zip(wanted, answers, strict=True) if said is not None
+                    (item, said) for item, said in zip(wanted, answers, strict=True) if said is not None
                 )
-                masks = method.send([_score(known.get(text), label) for text in texts])
+                masks = method.send([_score(known.get(item), label, item) for item in items])
         except StopIteration as end:
             estimate: Estimate = end.value
             return estimate
 
     def _explanation(
-        self, words: _Words, method: str, label: str, labels: Sequence[str], estimate: Estimate
+        self, words: Words, method: str, label: str, labels: Sequence[str], estimate: Estimate
     ) -> Explanation:
-        count = len(words.spans)
+        spans, texts = np.array(words.spans, dtype=np.int64).reshape(-1, 3), words.item.texts
+        counts = np.bincount(spans[:, 0], minlength=len(texts)).tolist()
         return Explanation(
-            tokens=tuple(words.text[start:end] for start, end in words.spans),
-            offsets=np.array(words.spans, dtype=np.int64).reshape(-1, 2),
-            word_ids=np.arange(count, dtype=np.int64),
-            sequence_ids=np.zeros(count, dtype=np.int64),
+            tokens=tuple(texts[number][start:end] for number, start, end in words.spans),
+            offsets=spans[:, 1:],
+            word_ids=np.concatenate([np.arange(count, dtype=np.int64) for count in counts]),
+            sequence_ids=spans[:, 0],
             attributions=estimate.attributions,
             target=np.array([[-1, int(label) if label.isdecimal() else -1]], dtype=np.int64),
             target_label=(label,),
@@ -149,7 +130,7 @@ class BlackBoxExplainer:
             method=method,
             baseline=self._replacement or LEFT_OUT,
             evaluations=estimate.evaluations,
-            texts=(words.text,),
+            texts=texts,
         )
 
     def _method(self, options: ExplainOptions) -> str:
@@ -166,23 +147,6 @@ class BlackBoxExplainer:
             )
         return method
 
-    def _texts(self, values: Sequence[Any]) -> list[_Words]:
-        if not 1 <= len(values) <= self._limits.max_items:
-            raise InvalidRequest(f"{len(values)} texts, expected 1..{self._limits.max_items} @ inputs")
-        return [self._words(value, f"inputs[{index}]") for index, value in enumerate(values)]
-
-    def _words(self, value: Any, where: str) -> _Words:
-        if not isinstance(value, str):
-            raise InvalidRequest(f"got {type(value).__name__} {value!r:.60}, expected a text @ {where}")
-        if len(value) > self._limits.max_text_chars:
-            raise RequestTooLarge(
-                f"a text of {len(value)} characters, expected at most {self._limits.max_text_chars} @ {where}"
-            )
-        spans = tuple(match.span() for match in WORD.finditer(value))
-        if not 1 <= len(spans) <= MAX_WORDS:
-            raise InvalidRequest(f"a text of {len(spans)} words, expected 1..{MAX_WORDS} @ {where}")
-        return _Words(value, spans)
-
 
 def _target(target: str | int | None, whole: Scores) -> str:
     """The label to explain: the one asked for, else the one with the highest score."""
@@ -193,9 +157,11 @@ def _target(target: str | int | None, whole: Scores) -> str:
     return str(target)
 
 
-def _score(said: Scores | None, label: str) -> FloatArray | None:
+def _score(said: Scores | None, label: str, item: Item) -> FloatArray | None:
     if said is None:
         return None
+    if label not in said and item.fields == QUESTION:  # an answer that is not among the best any more
+        return np.zeros(1, dtype=np.float32)
     if label not in said:
         raise ForwardFailed(f"no score of '{label:.60}' for a part of the text, expected one @ infer_uri")
     return np.array([said[label]], dtype=np.float32)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 
-from mlserver_hftasks.backends.gradients import Absent, PathRow
-from mlserver_hftasks.engine.rows import FloatArray, Outputs, Row
+from mlserver_hftasks.backends.gradients import Absent, PathRow, ScoredRow
+from mlserver_hftasks.engine.rows import IntArray
 from mlserver_hftasks.explain.evaluation import Clock
 from mlserver_hftasks.explain.methods.base import Effort, Estimate
 from mlserver_hftasks.explain.options import ExplainOptions
@@ -46,18 +46,17 @@ class Case:
             score=self.subject.score,
         )
 
-    def masked_row(self, features: BoolArray, absent: int) -> Row:
+    def masked_row(self, features: BoolArray, absent: int) -> ScoredRow:
         """The item's row with some features only, and another token in the places of the others."""
         row, present = self.subject.row, self.tokens.spread(features)
-        ids = np.where(present, row.arrays["input_ids"], absent)
-        return replace(row, arrays={**row.arrays, "input_ids": ids}, source=None)
-
-    def scores(self, outputs: Outputs) -> FloatArray:
-        """[K], from what a backend says of such a row."""
-        with torch.inference_mode():
-            tensors = {name: torch.from_numpy(np.ascontiguousarray(each)) for name, each in outputs.items()}
-            scores: FloatArray = self.subject.score(tensors).float().numpy()
-        return scores
+        ids = row.arrays["input_ids"]
+        ids = np.where(present[: len(ids)], ids, absent)
+        return ScoredRow(
+            {**row.arrays, "input_ids": ids},
+            (row.key, row.select is not None),
+            row.select,
+            score=self.subject.score,
+        )
 
     def nothing(self) -> Estimate:
         """Of an item of which nothing is to be explained: a text without entities."""
@@ -67,17 +66,18 @@ class Case:
 
     def explanation(self, estimate: Estimate, baseline: str) -> Explanation:
         """What the client gets; the estimate is of tokens."""
-        tokens, attributions = self.tokens, estimate.attributions
+        tokens, attributions, target = self.tokens, estimate.attributions, self.subject.target
         if self.options.level == "word":
             tokens, groups = merged(tokens)
             attributions = np.stack([attributions[:, group].sum(axis=1) for group in groups], axis=1)
+            target = _among(groups, target)
         return Explanation(
             tokens=tokens.names,
             offsets=tokens.offsets,
             word_ids=tokens.word_ids,
             sequence_ids=tokens.sequence_ids,
             attributions=attributions,
-            target=self.subject.target,
+            target=target,
             target_label=self.subject.labels,
             score=estimate.score,
             baseline_score=estimate.baseline_score,
@@ -87,4 +87,13 @@ class Case:
             baseline=baseline,
             evaluations=estimate.evaluations,
             texts=tokens.texts,
+            prompt_tokens=tokens.prompt_tokens,
         )
+
+
+def _among(groups: Sequence[IntArray], target: IntArray) -> IntArray:
+    """Targets at positions of tokens, at those of the groups that the tokens are in."""
+    moved = target.copy()
+    for index, position in enumerate(target[:, 0].tolist()):
+        moved[index, 0] = next((place for place, group in enumerate(groups) if position in group), -1)
+    return moved

@@ -1,48 +1,36 @@
 """From a request to its explanations.
 
-The request's rows are predicted. Then each item is explained by itself: a method asks for
-evaluations, and those of all items and all requests run together in batches. Gradients have a thread of
-their own, which stops in the midst of a batch while predictions wait; methods without gradients run in the
-background of the predictions' own engine.
+The request's items are answered, unless they are already. Then each is explained by itself: a method asks for
+evaluations, and those of all items and all requests run together in batches, in `engines` that make way for
+predictions.
 """
 
 from __future__ import annotations
 
 import asyncio
-import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from mlserver_hftasks.backends.base import Backend
 from mlserver_hftasks.backends.gradients import Differentiable, PathBackend
-from mlserver_hftasks.engine.batcher import Batcher
-from mlserver_hftasks.engine.cost import CostModel
 from mlserver_hftasks.engine.rows import FloatArray
-from mlserver_hftasks.engine.scheduler import Limits, Scheduler
 from mlserver_hftasks.engine.together import together
-from mlserver_hftasks.errors import InvalidRequest, Overloaded, RequestTooLarge
+from mlserver_hftasks.errors import Overloaded, RequestTooLarge
 from mlserver_hftasks.explain import absence
 from mlserver_hftasks.explain.cases import Case
+from mlserver_hftasks.explain.engines import Engines
 from mlserver_hftasks.explain.evaluation import Clock, attribute
 from mlserver_hftasks.explain.methods import masking, path
 from mlserver_hftasks.explain.methods.base import Estimate, too_late
-from mlserver_hftasks.explain.options import ExplainOptions
+from mlserver_hftasks.explain.options import ExplainOptions, cannot_explain
 from mlserver_hftasks.explain.result import BoolArray, Explanation
 from mlserver_hftasks.explain.targets import targets_of
 from mlserver_hftasks.explain.tokens import tokens_of
 from mlserver_hftasks.tasks.base import Answered, Example, Task
 from mlserver_hftasks.tasks.signature import Parameters
 
-MAX_BATCH_TOKENS = {"cpu": 384}
-"""Tokens of a batch of gradients; 16384 on other devices."""
-BACKGROUND_TOKENS = {"cpu": 64}
-"""Tokens of a batch in the background, since a prediction that comes in waits for it to end; or 2048."""
-UNBOUNDED = 1 << 40
-"""Of rows that wait: texts are counted where they come in."""
-MAX_PAUSE_S = 0.02
-"""Explanations wait for predictions between two products of matrices, but never longer than this."""
 AUTO = {True: "integrated-gradients", False: "permutation-shap"}
 """The method where there are gradients, and where there are none."""
 
@@ -53,6 +41,15 @@ class ExplainLimits:
 
     max_explanations: int = 256
     """Most texts that are being explained or wait for it; beyond: `Overloaded`."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A request's items, and what is run for them: either `examples` or `answered` has them."""
+
+    references: Sequence[Example]
+    examples: Sequence[Example]
+    answered: Sequence[Answered]
 
 
 def gradients_of(task: Task[Any], backend: Backend) -> PathBackend | None:
@@ -66,40 +63,22 @@ def gradients_of(task: Task[Any], backend: Backend) -> PathBackend | None:
 
 
 class Explainer:
-    """Explains what one task says over one model. Made on the event loop that will await `explain`.
-
-    `batcher` is the engine of the predictions, which explanations make way for; `backend` runs nothing yet.
-    """
+    """Explains what one task says over one model. Made on the event loop that will await `explain`."""
 
     def __init__(
         self,
         task: Task[Any],
-        backend: Backend,
-        batcher: Batcher,
+        engines: Engines,
         *,
         limits: ExplainLimits | None = None,
-        on_thread_start: Callable[[], None] = lambda: None,
-        name: str = "explain",
     ) -> None:
         self._task = task
         self._tokenizer = task.model.encoder.tokenizer
         self._targets = targets_of(task)
-        self._batcher = batcher
+        self._engines = engines
+        self._paths = engines.paths
         self._limits = limits or ExplainLimits()
         self._waiting = 0
-        tokens = BACKGROUND_TOKENS.get(backend.description.device.partition(":")[0], 2048)
-        batcher.open_background(_scheduler(tokens, padded=backend.padded))
-        self._gradients = gradients_of(task, backend)
-        self._paths: Batcher | None = None
-        if self._gradients is not None:
-            tokens = MAX_BATCH_TOKENS.get(self._gradients.device.type, 16384)
-            self._gradients.pause = functools.partial(batcher.wait_until_idle, MAX_PAUSE_S)
-            self._paths = Batcher(
-                self._gradients,
-                _scheduler(tokens, padded=self._gradients.padded),
-                on_thread_start=on_thread_start,
-                name=name,
-            )
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -109,28 +88,33 @@ class Explainer:
         return ("auto", *(path.METHODS if self._paths else ()), *masking.METHODS)
 
     async def explain(
-        self, inputs: Mapping[str, Sequence[Any]], parameters: Parameters, options: ExplainOptions
+        self,
+        inputs: Mapping[str, Sequence[Any]],
+        parameters: Parameters,
+        options: ExplainOptions,
+        answered: Sequence[Answered] | None = None,
     ) -> list[Explanation]:
         """One explanation per item; `inputs` and `parameters` as `Task.examples` takes them.
+
+        `answered`: the model's answers, where they are known; else the items are answered first.
 
         Raises `InvalidRequest` for an option that this model or item cannot have, `Overloaded` at once when
         too many texts wait, `DeadlineExceeded` when the deadline passed before there was any estimate.
         """
         clock, method = Clock(options.deadline_ms), self._method(options)
         self._check_room(1)
-        examples, references = await asyncio.to_thread(self._examples, inputs, parameters, options)
-        with self._counted(len(examples)):
-            answered = await self._predicted([*references, *examples], clock)
+        asked = await asyncio.to_thread(self._asked, inputs, parameters, options, answered)
+        with self._counted(len(asked.examples or asked.answered)):
+            found = await self._predicted([*asked.references, *asked.examples], clock)
+            references, items = found[: len(asked.references)], found[len(asked.references) :]
             cases = await asyncio.to_thread(
-                self._cases, answered[len(references) :], answered[: len(references)], parameters, options,
-                method, clock,
-            )  # fmt: skip
+                self._cases, [*asked.answered, *items], references, parameters, options, method, clock
+            )
             return await together(self._explained(case) for case in cases)
 
     async def close(self) -> None:
         """Fail what still waits, and end the thread."""
-        if self._paths is not None:
-            await self._paths.close()
+        await self._engines.close()
 
     # -- before: what is asked, and of what ------------------------------------------------------
 
@@ -139,23 +123,26 @@ class Explainer:
         if options.method == "auto" and self.methods:
             return AUTO[self._paths is not None]
         if options.method not in self.methods:
-            expected = (
-                f"expected one of {', '.join(self.methods)}"
-                if self.methods
-                else (f"of {self._task.name} there is nothing to explain")
-            )
-            raise InvalidRequest(
-                f"got {options.method}, which this model cannot be explained by, {expected} @ explain.method"
-            )
+            raise cannot_explain(options.method, self.methods, self._task.name)
         return options.method
 
-    def _examples(
-        self, inputs: Mapping[str, Sequence[Any]], parameters: Parameters, options: ExplainOptions
-    ) -> tuple[list[Example], list[Example]]:
-        """The items, and what they are compared with."""
-        assert self._targets is not None
-        references = self._targets.references(options.target, parameters)
-        return self._task.examples(inputs, parameters), references
+    def _asked(
+        self,
+        inputs: Mapping[str, Sequence[Any]],
+        parameters: Parameters,
+        options: ExplainOptions,
+        answered: Sequence[Answered] | None,
+    ) -> _Asked:
+        """What is known of the items, and what must be run first."""
+        targets = self._targets
+        assert targets is not None
+        references = targets.references(options.target, parameters)
+        if answered is not None:
+            examples = [item.example for item in answered]
+        else:
+            examples = self._task.examples(inputs, targets.answering(parameters))
+        known = targets.given(examples, options.target) or answered
+        return _Asked(references, examples, []) if known is None else _Asked(references, [], list(known))
 
     def _check_room(self, count: int) -> None:
         most = self._limits.max_explanations
@@ -181,13 +168,11 @@ class Explainer:
 
     async def _predicted(self, examples: Sequence[Example], clock: Clock) -> list[Answered]:
         """The model's answers, which say what to explain."""
-        rows = [row for example in examples for row in example.rows]
         try:
             async with asyncio.timeout(clock.left_s):
-                outputs = iter(await self._batcher.run(rows, background=True, since=clock.began))
+                return await self._engines.answered(examples, clock.began) if examples else []
         except TimeoutError:
             raise too_late() from None
-        return [Answered(example, [next(outputs) for _ in example.rows]) for example in examples]
 
     def _cases(
         self,
@@ -199,7 +184,8 @@ class Explainer:
         clock: Clock,
     ) -> list[Case]:
         assert self._targets is not None
-        subjects = [self._targets.subject(item, options.target, parameters, references) for item in answered]
+        subject = self._targets.subject_per_token if options.per_token else self._targets.subject
+        subjects = [subject(item, options.target, parameters, references) for item in answered]
         return [
             Case(subject, tokens_of(subject, self._tokenizer, options.level), method, options, clock)
             for subject in subjects
@@ -237,17 +223,13 @@ class Explainer:
 
         async def evaluate(masks: Sequence[BoolArray]) -> list[FloatArray | None]:
             rows = [case.masked_row(mask, absent) for mask in masks]
-            known = await case.clock.run(
-                lambda rows, began: self._batcher.run(rows, background=True, since=began), rows
-            )
-            return [None if outputs is None else case.scores(outputs) for outputs in known]
+            known = await case.clock.run(self._engines.run, rows)
+            return [
+                None if outputs is None else self._engines.score_of(row, outputs)
+                for row, outputs in zip(rows, known, strict=True)
+            ]
 
         method = masking.METHODS[case.method](len(tokens.groups), case.effort)
         # A permutation of n features is n coalitions of n.
         estimate = await attribute(method, evaluate, numbers=len(tokens.groups) ** 2)
         return replace(estimate, attributions=tokens.scattered(estimate.attributions)), name
-
-
-def _scheduler(max_batch_tokens: int, *, padded: bool) -> Scheduler:
-    limits = Limits(max_batch_tokens=max_batch_tokens, max_queue_rows=UNBOUNDED, max_queue_tokens=UNBOUNDED)
-    return Scheduler(limits, CostModel(), padded=padded)

@@ -87,8 +87,9 @@ def _warning(target: Target, scale: Scale) -> str:
     if target.converged:
         return ""
     return (
-        '<p class="warn" role="note"><b>Not converged.</b> The numbers miss the score by '
-        f"{scale.number(target.delta)}: take them as a rough guide, or allow more evaluations or time.</p>"
+        '<p class="warn" role="note"><b>Not converged.</b> The numbers are less certain than was asked for '
+        f"(delta {scale.number(target.delta)}): take them as a rough guide, or allow more evaluations or "
+        "time.</p>"
     )
 
 
@@ -99,6 +100,8 @@ def _text(reading: Reading, index: int, scale: Scale) -> str:
 
 def _piece(piece: Piece, scale: Scale) -> str:
     text = escape(piece.text)
+    if piece.explained:
+        return f'<b class="answer" title="what is explained">{text}</b>'
     if piece.word is None:
         return text
     number, share = scale.number(piece.word.attribution), scale.share(piece.word.attribution)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import orjson
@@ -30,6 +30,16 @@ def _as_name(value: Any) -> Any:
     return value.lower().replace("_", "-") if isinstance(value, str) else value
 
 
+def cannot_explain(method: str, methods: Sequence[str], task_name: str) -> InvalidRequest:
+    """The error of a method that is none of those that a model can be explained by."""
+    expected = f"expected one of {', '.join(methods)}"
+    if not methods:
+        expected = f"of {task_name} there is nothing to explain"
+    return InvalidRequest(
+        f"got {method}, which this model cannot be explained by, {expected} @ explain.method"
+    )
+
+
 class ExplainOptions(CheckedModel):
     """The options of one request, the same for all its items. Frozen, unknown names refused."""
 
@@ -41,6 +51,9 @@ class ExplainOptions(CheckedModel):
         description="what to explain: a label or its id; null or `predicted`: what the model answers. Of "
         "fill-mask a token, of token-classification a label of entities, of sentence-embedding the text to "
         "be similar to, of text-generation the continuation",
+    )
+    per_token: bool = Field(
+        False, description="of tasks that answer with text each token of the answer, in place of the whole"
     )
     baseline: Annotated[Baseline, BeforeValidator(_as_name)] = Field(
         "auto",

@@ -38,6 +38,8 @@ class Piece:
 
     text: str
     word: Word | None = None
+    explained: bool = False
+    """Whether it is the answer, or the token of it, that the score is of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,8 @@ class Reading:
     method: str
     baseline: str
     evaluations: int
+    prompt_tokens: int | None = None
+    """How many tokens come before an answer that is explained; None where no text is answered."""
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Reading:
@@ -84,10 +88,11 @@ class Reading:
             method=record["method"],
             baseline=record["baseline"],
             evaluations=record["evaluations"],
+            prompt_tokens=record.get("prompt_tokens"),
         )
 
     def words(self, target: int = 0) -> list[Word]:
-        """The words of the text in order, tokens of a word added up; special tokens left out."""
+        """The words of the text in order, tokens of a word added up; special tokens and answers left out."""
         attributions = self.targets[target].attributions
         return [
             self._word(indices, sum(attributions[index] for index in indices)) for indices in self._groups()
@@ -97,13 +102,18 @@ class Reading:
         """The texts in pieces: the words, and what is between them, or a space where nobody knows."""
         words = self.words(target)
         count = max([len(self.texts), *(word.sequence + 1 for word in words)])
-        return [list(self._pieces(number, words)) for number in range(count)]
+        passages = [list(self._pieces(number, words)) for number in range(count)]
+        if self.prompt_tokens is not None and len(self.texts) > 1:
+            passages[-1] = self._answer(self.targets[target].position)
+        return passages
 
     def place(self, target: int = 0) -> str:
         """The word that the score is of; "" where it is of the whole text."""
         position = self.targets[target].position
         if not 0 <= position < len(self.tokens):
             return ""
+        if self.prompt_tokens is not None and position >= self.prompt_tokens:
+            return f"token {position - self.prompt_tokens + 1}"
         within = next((indices for indices in self._groups() if position in indices), None)
         return self.tokens[position] if within is None else self._word(within, 0.0).text.strip()
 
@@ -140,7 +150,8 @@ class Reading:
 
     def _groups(self) -> Iterator[list[int]]:
         """The tokens of each word; a token of which nobody knows the word is one by itself."""
-        own = [index for index, sequence in enumerate(self.sequence_ids) if sequence >= 0]
+        sequences = self.sequence_ids[: self.prompt_tokens]
+        own = [index for index, sequence in enumerate(sequences) if sequence >= 0]
 
         def word_of(index: int) -> tuple[int, int, int]:
             word = self.word_ids[index]
@@ -163,6 +174,15 @@ class Reading:
             position = max(position, word.end)
         if position < len(text):
             yield Piece(text[position:])
+
+    def _answer(self, position: int) -> list[Piece]:
+        """The answer in pieces: its token at that position and the rest, or all of it where that is none."""
+        text = self.texts[-1]
+        start, end = (0, len(text)) if position < 0 else self.spans[position]
+        if start < 0:
+            return [Piece(text)]
+        pieces = [Piece(text[:start]), Piece(text[start:end], explained=True), Piece(text[end:])]
+        return [piece for piece in pieces if piece.text]
 
     def _word(self, indices: list[int], attribution: float) -> Word:
         sequence = self.sequence_ids[indices[0]]

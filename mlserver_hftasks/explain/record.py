@@ -39,6 +39,7 @@ def _record(explanation: Explanation, top_k: int | None) -> dict[str, Any]:
         "method": explanation.method,
         "baseline": explanation.baseline,
         "evaluations": explanation.evaluations,
+        **({} if explanation.prompt_tokens is None else {"prompt_tokens": explanation.prompt_tokens}),
     }
 
 
@@ -70,7 +71,7 @@ def _target(explanation: Explanation, index: int, top_k: int | None) -> dict[str
 def _top(explanation: Explanation, index: int, top_k: int) -> list[dict[str, Any]]:
     """The tokens of the texts with the largest attributions, whatever their sign."""
     attributions = explanation.attributions[index]
-    own = np.flatnonzero(explanation.sequence_ids >= 0)
+    own = np.flatnonzero(explanation.sequence_ids[: explanation.prompt_tokens] >= 0)
     order = own[np.argsort(-np.abs(attributions[own]), kind="stable")][:top_k]
     return [
         {

@@ -1,14 +1,17 @@
-"""A model on another V2 server, as somebody sees it who can only ask: texts in, scores by label out."""
+"""A model on another V2 server, as somebody sees it who can only ask: texts in, scores by label out.
+
+Pairs and questions are sent as tensors by the names of their fields where the model's metadata has those, or
+says nothing; else as JSON objects, which is how `mlserver_huggingface` takes pairs.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
-from urllib.parse import SplitResult, urlsplit
 
 import httpx
 import orjson
@@ -19,15 +22,15 @@ from mlserver_hftasks.errors import (
     ForwardFailed,
     HFTasksError,
     InvalidRequest,
-    InvalidSettings,
     Overloaded,
     Unavailable,
 )
+from mlserver_hftasks.explain.words import QUESTION, TEXT, Item
 
-ALLOWED_URIS = "HFTASKS_INFER_URIS"
-"""Environment variable: the URLs that `infer_uri` may begin with, separated by commas."""
 BATCH_TEXTS = 32
 """Texts of one request."""
+BEST_ANSWERS = 20
+"""Answers to a question that are asked for: one that is not among them counts as 0."""
 MAX_CONCURRENT = 4
 """Requests at once to the other server."""
 TIMEOUT_S = 30.0
@@ -39,59 +42,12 @@ Scores = Mapping[str, float]
 """By label."""
 
 
-def check_uri(uri: str, environment: Mapping[str, str]) -> str:
-    """The URL, if the environment allows it; without a list that is a server on this machine only.
-
-    Raises `InvalidSettings`.
-    """
-    parts, where = _parts(uri), "@ parameters.extra.infer_uri"
-    if parts is None or parts.username or parts.password or parts.query or parts.fragment:
-        raise InvalidSettings(f"got {uri!r:.80}, expected http://HOST:PORT/v2/models/NAME/infer {where}")
-    allowed = [entry.strip() for entry in environment.get(ALLOWED_URIS, "").split(",") if entry.strip()]
-    if allowed:
-        fits = any(_is_under(parts, _parts(entry)) for entry in allowed)
-    else:
-        fits = _is_loopback(parts.hostname or "")
-    if not fits:
-        known = ", ".join(allowed) or "a server on this machine"
-        raise InvalidSettings(f"got {uri!r:.80}, expected {known}, as {ALLOWED_URIS} says {where}")
-    return uri
-
-
-def _parts(uri: str) -> SplitResult | None:
-    try:
-        parts = urlsplit(uri)
-        known = parts.scheme in {"http", "https"} and parts.hostname and parts.port != 0
-    except ValueError:
-        return None
-    return parts if known else None
-
-
-def _is_under(uri: SplitResult, allowed: SplitResult | None) -> bool:
-    if allowed is None or _origin(uri) != _origin(allowed):
-        return False
-    segments, wanted = uri.path.split("/"), allowed.path.rstrip("/").split("/")
-    return segments[: len(wanted)] == wanted and ".." not in segments
-
-
-def _origin(uri: SplitResult) -> tuple[str, str | None, int]:
-    return uri.scheme, uri.hostname, uri.port or {"http": 80, "https": 443}[uri.scheme]
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 class RemoteModel:
     """Asks the model at that URL.
 
     `input_name` takes texts. `output_name` is a tensor of numbers, [texts, labels]; None: labels with scores
-    as JSON, as this runtime and mlserver_huggingface answer, or else one of `TYPED_NAMES`.
+    as JSON, as this runtime and mlserver_huggingface answer, or else one of `TYPED_NAMES`. `metadata_uri` is
+    where the model says what it takes; None if that must not be asked.
     """
 
     def __init__(
@@ -100,53 +56,79 @@ class RemoteModel:
         *,
         input_name: str = "array_inputs",
         output_name: str | None = None,
+        metadata_uri: str | None = None,
         timeout_s: float = TIMEOUT_S,
     ) -> None:
         self._uri = uri
         self._input_name = input_name
         self._output_name = output_name
+        self._metadata_uri = metadata_uri
+        self._input_names: frozenset[str] | None = None
         self._timeout_s = timeout_s
         self._places = asyncio.Semaphore(MAX_CONCURRENT)
         # No proxy, no credentials from the environment, no redirect: this URL and no other.
         self._client = httpx.AsyncClient(timeout=timeout_s, trust_env=False, follow_redirects=False)
 
-    async def scores(self, texts: Sequence[str], until: float | None = None) -> list[Scores | None]:
-        """The scores of each text; None for those that were not known by `until`, in the loop's time.
+    async def scores(self, items: Sequence[Item], until: float | None = None) -> list[Scores | None]:
+        """The scores of each item; None for those that were not known by `until`, in the loop's time.
 
-        Raises `HFTasksError`.
+        The items have the same fields. Raises `HFTasksError`.
         """
-        parts = [texts[start : start + BATCH_TEXTS] for start in range(0, len(texts), BATCH_TEXTS)]
+        if items and items[0].fields != TEXT and self._input_names is None:
+            self._input_names = await self._names_of_inputs()
+        parts = [items[start : start + BATCH_TEXTS] for start in range(0, len(items), BATCH_TEXTS)]
         return list(chain.from_iterable(await together(self._part(part, until) for part in parts)))
 
     async def close(self) -> None:
         """Close the connections."""
         await self._client.aclose()
 
-    async def _part(self, texts: Sequence[str], until: float | None) -> list[Scores | None]:
+    async def _part(self, items: Sequence[Item], until: float | None) -> list[Scores | None]:
         try:
             async with asyncio.timeout_at(until), self._places:
-                answer = await self._post(self._request(texts))
+                answer = await self._send("POST", self._uri, self._request(items))
         except TimeoutError:
-            return [None] * len(texts)
+            return [None] * len(items)
         with _unreadable_as_failure():
-            scores = self._read(orjson.loads(answer))
-        if len(scores) != len(texts):
+            scores = self._read(orjson.loads(answer), items)
+        if len(scores) != len(items):
             raise ForwardFailed(
-                f"{len(scores)} answers of the model that is explained, expected {len(texts)} @ infer_uri"
+                f"{len(scores)} answers of the model that is explained, expected {len(items)} @ infer_uri"
             )
         return list(scores)
 
-    def _request(self, texts: Sequence[str]) -> bytes:
-        inputs = [_tensor(self._input_name, list(texts), "str")]
+    async def _names_of_inputs(self) -> frozenset[str]:
+        """What the model's metadata calls its inputs; none where it does not say."""
+        if self._metadata_uri is None:
+            return frozenset()
+        try:
+            metadata = orjson.loads(await self._send("GET", self._metadata_uri))
+            return frozenset(str(each["name"]) for each in metadata.get("inputs") or ())
+        except (HFTasksError, ValueError, KeyError, TypeError, AttributeError):
+            return frozenset()
+
+    def _request(self, items: Sequence[Item]) -> bytes:
+        inputs = self._inputs(items)
         if self._output_name is not None:
             return orjson.dumps({"inputs": inputs, "outputs": [{"name": self._output_name}]})
         # As a tensor, since mlserver_huggingface takes its parameters so: the scores of all labels.
-        return orjson.dumps({"inputs": [*inputs, _tensor("top_k", ["null"], "hg_json")]})
+        wanted = str(BEST_ANSWERS) if items[0].fields == QUESTION else "null"
+        return orjson.dumps({"inputs": [*inputs, _tensor("top_k", [wanted], "hg_json")]})
 
-    async def _post(self, body: bytes) -> bytes:
+    def _inputs(self, items: Sequence[Item]) -> list[dict[str, Any]]:
+        fields = items[0].fields
+        if fields == TEXT:
+            return [_tensor(self._input_name, [item.texts[0] for item in items], "str")]
+        if self._input_names and not set(fields) <= self._input_names:
+            objects = [orjson.dumps(dict(zip(fields, item.texts, strict=True))).decode() for item in items]
+            return [_tensor(self._input_name, objects, "hg_jsonlist")]
+        columns = zip(*(item.texts for item in items), strict=True)
+        return [_tensor(field, list(column), "str") for field, column in zip(fields, columns, strict=True)]
+
+    async def _send(self, method: str, uri: str, body: bytes | None = None) -> bytes:
         headers = {"Content-Type": "application/json"}
         try:
-            async with self._client.stream("POST", self._uri, content=body, headers=headers) as response:
+            async with self._client.stream(method, uri, content=body, headers=headers) as response:
                 answer = b""
                 async for chunk in response.aiter_bytes():
                     answer += chunk
@@ -164,12 +146,14 @@ class RemoteModel:
             raise _as_ours(response, answer)
         return answer
 
-    def _read(self, answer: Any) -> list[Scores]:
+    def _read(self, answer: Any, items: Sequence[Item]) -> list[Scores]:
         outputs = {output["name"]: output for output in answer["outputs"]}
         if self._output_name is not None:
             return _numbers(outputs[self._output_name])
         if "output" in outputs:
-            return [_entries(orjson.loads(element)) for element in outputs["output"]["data"]]
+            results = [orjson.loads(element) for element in outputs["output"]["data"]]
+            # The answers to a single question come by themselves, not as a list in a list.
+            return [_entries(each) for each in ([results] if len(items) == 1 else results)]
         return _numbers(next(outputs[name] for name in TYPED_NAMES if name in outputs))
 
 
@@ -179,9 +163,13 @@ def _tensor(name: str, data: list[str], content_type: str) -> dict[str, Any]:
 
 
 def _entries(result: Any) -> Scores:
-    """Of `{"label", "score"}`, or a list of those."""
-    entries = result if isinstance(result, list) else [result]
-    return {str(entry["label"]): float(entry["score"]) for entry in entries}
+    """Of `{"label", "score"}` or `{"answer", "score"}`, or lists of those; scores of one name add up."""
+    if isinstance(result, list):
+        scores: Counter[str] = Counter()
+        for entry in result:
+            scores.update(_entries(entry))
+        return scores
+    return {str(result["label"] if "label" in result else result["answer"]): float(result["score"])}
 
 
 def _numbers(output: Mapping[str, Any]) -> list[Scores]:

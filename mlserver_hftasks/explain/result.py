@@ -47,3 +47,6 @@ class Explanation:
     """How many times the model was evaluated."""
     texts: tuple[str, ...] = ()
     """The text, or the two of a pair, that the offsets count in, for drawing; () if there is none."""
+    prompt_tokens: int | None = None
+    """Of a prompt and its answer how many tokens are the prompt's: the others, of the second text, are never
+    absent and get 0. None where a text or a pair is explained."""

@@ -11,6 +11,7 @@ padding:1rem 1.25rem;border:1px solid rgba(128,128,128,.35);border-radius:10px}
 .hft dt{opacity:.7}.hft dd{margin:0;font-variant-numeric:tabular-nums}
 .hft .text{font-size:1.12rem;line-height:2.5;margin:.2rem 0;white-space:pre-wrap;overflow-wrap:anywhere}
 .hft mark{color:inherit;border-radius:4px;padding:.12em .16em;margin:0 -.04em;white-space:pre-wrap}
+.hft .answer{font-weight:600;outline:1.5px solid currentColor;border-radius:3px;padding:0 .1em;margin:0 .12em}
 .hft .for{border-bottom:2px solid rgba(var(--for),.9)}
 .hft .against{border-bottom:2px dashed rgba(var(--against),.95)}
 .hft rt{font-size:.62em;font-variant-numeric:tabular-nums;opacity:.85;letter-spacing:-.01em;

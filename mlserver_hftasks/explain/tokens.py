@@ -14,6 +14,9 @@ from mlserver_hftasks.explain.result import BoolArray
 from mlserver_hftasks.explain.targets.base import Subject
 from mlserver_hftasks.tasks.encoder import Source
 
+ANSWER = 1
+"""The number of the text that is an answer, after that of the prompt."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tokens:
@@ -28,6 +31,8 @@ class Tokens:
     """[T], the special tokens."""
     groups: tuple[IntArray, ...]
     """The positions of each feature, in the order of the text; special tokens are none."""
+    prompt_tokens: int | None = None
+    """How many tokens come before an answer that is part of the row; None if there is none."""
 
     def spread(self, present: BoolArray) -> BoolArray:
         """From features that are present, to tokens that are: [features] -> [T]."""
@@ -50,24 +55,37 @@ def tokens_of(subject: Subject, tokenizer: Any, level: Literal["token", "word"])
     if not isinstance(source, Source):
         raise TypeError("a row that is explained knows what it was made from")
     encoding, positions = source.encoding, source.positions
-    chosen = np.arange(row.cost) if positions is None else positions
+    chosen = np.arange(len(encoding.ids)) if positions is None else positions
     kept = np.asarray(encoding.special_tokens_mask, dtype=np.bool_)[chosen]
-    if kept.all():
-        raise InvalidRequest("a text without tokens, expected at least one to explain @ inputs")
     words = _numbers(getattr(encoding, "word_ids", None), chosen)
     sequences = _numbers(getattr(encoding, "sequence_ids", None), chosen)
     texts = _texts(source, subject)
     spans = subject.offsets
     if spans is None and hasattr(encoding, "offsets"):
         spans = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)[chosen]
+    if subject.kept is not None:
+        kept = kept | subject.kept
+        words, sequences = (np.where(kept, -1, numbers) for numbers in (words, sequences))
+    if kept.all():
+        raise InvalidRequest("a text without tokens, expected at least one to explain @ inputs")
+    if subject.answer is not None:
+        spans = _followed(spans, subject.answer.spans, len(chosen))
+        kept, words, sequences = (
+            np.concatenate([numbers, np.full(len(subject.answer.spans), fill, numbers.dtype)])
+            for numbers, fill in ((kept, True), (words, -1), (sequences, ANSWER))
+        )
+        texts = (*texts, subject.answer.text)
+    ids = row.arrays["input_ids"][: len(chosen)].tolist()
+    ids += [] if subject.answer is None else subject.answer.ids.tolist()
     return Tokens(
-        names=tuple(tokenizer.convert_ids_to_tokens(row.arrays["input_ids"].tolist())),
+        names=tuple(tokenizer.convert_ids_to_tokens(ids)),
         offsets=_offsets(spans, sequences, texts),
         word_ids=words,
         sequence_ids=sequences,
         texts=texts,
         kept=kept,
         groups=_groups(kept, words, sequences, level),
+        prompt_tokens=None if subject.answer is None else len(chosen),
     )
 
 
@@ -77,7 +95,8 @@ def merged(tokens: Tokens) -> tuple[Tokens, list[IntArray]]:
     groups = sorted([*tokens.groups, *alone], key=lambda group: int(group[0]))
     firsts = np.array([group[0] for group in groups])
     lasts = np.array([group[-1] for group in groups])
-    offsets = np.stack([tokens.offsets[firsts, 0], tokens.offsets[lasts, 1]], axis=1)
+    spans = np.stack([tokens.offsets[firsts, 0], tokens.offsets[lasts, 1]], axis=1)
+    offsets = _offsets(spans, tokens.sequence_ids[firsts], tokens.texts)
     kept = tokens.kept[firsts]
     words = Tokens(
         names=tuple(_name(tokens, group, offsets[index]) for index, group in enumerate(groups)),
@@ -87,6 +106,7 @@ def merged(tokens: Tokens) -> tuple[Tokens, list[IntArray]]:
         texts=tokens.texts,
         kept=kept,
         groups=tuple(np.array([place]) for place in np.flatnonzero(~kept)),
+        prompt_tokens=None if tokens.prompt_tokens is None else int((firsts < tokens.prompt_tokens).sum()),
     )
     return words, groups
 
@@ -117,6 +137,12 @@ def _texts(source: Source, subject: Subject) -> tuple[str, ...]:
     return both if isinstance(source.text, tuple) else ()
 
 
+def _followed(spans: IntArray | None, answer: IntArray, tokens: int) -> IntArray:
+    """The spans of the tokens before an answer, and of its own."""
+    before = np.full((tokens, 2), -1, dtype=np.int64) if spans is None else spans
+    return np.concatenate([before, answer])
+
+
 def _offsets(spans: IntArray | None, sequences: IntArray, texts: Sequence[str]) -> IntArray:
     """[T, 2], without the white space that some tokenizers count to a token; -1 where there is nothing."""
     offsets = np.full((len(sequences), 2), -1, dtype=np.int64)
@@ -124,6 +150,8 @@ def _offsets(spans: IntArray | None, sequences: IntArray, texts: Sequence[str]) 
         return offsets
     for index in np.flatnonzero(sequences >= 0).tolist():
         start, end = spans[index].tolist()
+        if start < 0:
+            continue
         piece = texts[sequences[index]][start:end] if sequences[index] < len(texts) else ""
         if piece.strip():
             start += len(piece) - len(piece.lstrip())

@@ -90,6 +90,12 @@ class PastDecoder:
         rows = [found[id(chunk)] for chunk in chunks if chunk.chooses]
         return np.stack(rows) if rows else np.empty((0, 0), np.float32)
 
+    def beside(self, cache_tokens: int) -> PastDecoder:
+        """Another over the same program, with a cache of its own."""
+        return PastDecoder(
+            self._session, cache_tokens=cache_tokens, description=self.description, batched=self.batched
+        )
+
     def close(self) -> None:
         """Give the memory back; `step` must not be called again."""
         self._batches.clear()

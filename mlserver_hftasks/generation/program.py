@@ -115,6 +115,10 @@ class ProgramDecoder:
         rows = [found[index] for index in sorted(found)]
         return np.stack(rows) if rows else np.empty((0, self._vocabulary), np.float32)
 
+    def beside(self, cache_tokens: int) -> ProgramDecoder:
+        """Another over the same program, with a cache of its own."""
+        return ProgramDecoder(self._session, cache_tokens=cache_tokens, description=self.description)
+
     def close(self) -> None:
         """Give the memory back; `step` must not be called again."""
         self._last = None

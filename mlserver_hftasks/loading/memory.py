@@ -17,7 +17,8 @@ import math
 import os
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,19 @@ def manage() -> None:
     _call("mallopt", M_MMAP_THRESHOLD, MMAP_BYTES)
     _call("mallopt", M_TRIM_THRESHOLD, TRIM_BYTES)
     threading.Thread(target=_watch, name="hftasks-memory", daemon=True).start()
+
+
+@contextmanager
+def without_collections() -> Iterator[None]:
+    """While a model is loaded: what comes with it stays, and to look through it time and again takes a fifth
+    of the time until the model is ready. Call `settle` at the end."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def settle() -> None:

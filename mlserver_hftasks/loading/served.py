@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,6 +19,17 @@ from mlserver_hftasks.tasks.registry import canonical_name, task_class
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """What says how likely a model that generates finds answers; see `generation.scoring`."""
+
+    make: Callable[[Callable[[], object]], Backend]
+    """Of its `pause`; takes a while."""
+    gradients: bool
+    """Whether it may have some."""
+
 
 TASK_OF_HEAD = {
     "ForSequenceClassification": "text-classification",
@@ -51,6 +62,8 @@ class Served:
     backend: Backend
     decoder: Decoder | None = None
     """Steps through what is generated, where the model fits; `backend` runs the rest."""
+    scoring: Scoring | None = None
+    """Of a model that generates; None if there is nothing to explain its answers by."""
 
     @property
     def description(self) -> Description:

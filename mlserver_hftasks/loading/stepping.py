@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from mlserver_hftasks.backends.base import Description
+from mlserver_hftasks.backends.base import Backend, Description
 from mlserver_hftasks.backends.onnx import CPU, check_options, open_session
 from mlserver_hftasks.backends.probe import window_of
 from mlserver_hftasks.engine.rows import FloatArray, IntArray
@@ -20,13 +20,15 @@ from mlserver_hftasks.generation.whole import NoWholeAnswers
 from mlserver_hftasks.loading import cache_room
 from mlserver_hftasks.loading.manifest import Program
 from mlserver_hftasks.loading.runners import check_stepping
-from mlserver_hftasks.loading.served import Served, model_facts
+from mlserver_hftasks.loading.served import Scoring, Served, model_facts
 from mlserver_hftasks.settings import Settings
 from mlserver_hftasks.tasks.base import Task
 from mlserver_hftasks.tasks.encoder import Encoder
 
 logger = logging.getLogger("mlserver.hftasks")
 
+SCORED_TEXTS = 2
+"""As many of the longest texts fit at once into the cache of what explains."""
 TOLERANCE = 1e-4
 ROOM = {"int8": 6e-2, "int8-weight-only": 6e-2, "int4-weight-only": 6e-2}
 """Largest difference from what a sequence gets alone, relative to the largest logit, where a last digit may
@@ -59,7 +61,20 @@ def load_stepping(
         cache_tokens=cache_tokens,
         whole=False,
     )
-    return Served(kind(facts), NoWholeAnswers(decoder.description), decoder)
+    return Served(
+        kind(facts), NoWholeAnswers(decoder.description), decoder, _scoring(decoder, encoder.max_tokens)
+    )
+
+
+def _scoring(decoder: ProgramDecoder | PastDecoder, max_tokens: int) -> Scoring:
+    """The same program with a cache of its own."""
+
+    def make(pause: Callable[[], object]) -> Backend:
+        from mlserver_hftasks.generation.stepped_scoring import SteppedScoring
+
+        return SteppedScoring(decoder.beside(SCORED_TEXTS * max_tokens), pause)
+
+    return Scoring(make, gradients=False)
 
 
 def _decoder(

@@ -11,8 +11,8 @@ import mlserver
 from mlserver_hftasks.engine.scheduler import Limits
 from mlserver_hftasks.engine.steps import StepLimits
 from mlserver_hftasks.errors import InvalidRequest, InvalidSettings
+from mlserver_hftasks.explain.allowed import check_uri
 from mlserver_hftasks.explain.options import ExplainOptions
-from mlserver_hftasks.explain.remote import check_uri
 from mlserver_hftasks.settings import Settings, read_settings
 
 DEFAULT_BATCH_ROWS = 256

@@ -29,7 +29,8 @@ from mlserver_hftasks.explain.result import Explanation
 from mlserver_hftasks.explain.tensors import HTML_NAME, OUTPUTS, default_names, tensors_of
 from mlserver_hftasks.metrics import ExplainReport
 from mlserver_hftasks.runtime.offload import BULK_CHARS, Deadline, run_for
-from mlserver_hftasks.runtime.service import Reply, Service, names_of, nesting_checked
+from mlserver_hftasks.runtime.service import NestingChecked, Reply, Service, names_of
+from mlserver_hftasks.tasks.base import Answered
 from mlserver_hftasks.tasks.signature import Parameters, Signature
 
 CHARS_PER_TOKEN, CHARS_PER_DRAWN_TOKEN = 4, 80
@@ -46,9 +47,16 @@ class Explains(Protocol):
         """Names of the methods that it can do."""
 
     async def explain(
-        self, inputs: Mapping[str, Sequence[Any]], parameters: Any, options: ExplainOptions
+        self,
+        inputs: Mapping[str, Sequence[Any]],
+        parameters: Any,
+        options: ExplainOptions,
+        answered: Sequence[Answered] | None = None,
     ) -> list[Explanation]:
-        """One explanation per item. Raises `HFTasksError`."""
+        """One explanation per item; `answered` is what the model says of each, if that is known.
+
+        Raises `HFTasksError`.
+        """
 
     async def close(self) -> None:
         """Fail what still waits."""
@@ -82,18 +90,26 @@ class Explaining:
         """Names of the methods that this model can be explained by."""
         return self._explainer.methods
 
-    async def answer(self, request: InferenceRequest, options: Any, *, alone: bool) -> list[ResponseOutput]:
+    async def answer(
+        self,
+        request: InferenceRequest,
+        options: Any,
+        *,
+        alone: bool,
+        answered: Sequence[Answered] | None = None,
+    ) -> list[ResponseOutput]:
         """The explanations that a request asks for. Raises `HFTasksError`.
 
         `options` as the client wrote them under the name `explain`; `alone`, without a prediction: options
-        may also come as parameters of the request, and then win over the task's of the same name.
+        may also come as parameters of the request, and then win over the task's of the same name. `answered`
+        is what the prediction was made from.
         """
         began = time.monotonic()
         async with Deadline(self._timeout_ms) as deadline:
             work = size_of(request, BULK_CHARS)
             call, parameters, asked = await run_for(work, self._decode, request, options, alone)
             deadline.tighten(parameters.timeout_ms)
-            explanations = await self._explainer.explain(call.inputs, parameters, asked)
+            explanations = await self._explainer.explain(call.inputs, parameters, asked, answered)
             names = call.outputs or default_names(asked)
             per_token = CHARS_PER_DRAWN_TOKEN if HTML_NAME in names else CHARS_PER_TOKEN
             work = per_token * sum(explanation.attributions.size for explanation in explanations)
@@ -108,7 +124,7 @@ class Explaining:
     def _decode(
         self, request: InferenceRequest, options: Any, alone: bool
     ) -> tuple[Call, Parameters, ExplainOptions]:
-        with nesting_checked():
+        with NestingChecked():
             call = decode_request(request, self._names[alone])
             for name in call.outputs:
                 if name not in OUTPUT_NAMES:
@@ -143,6 +159,11 @@ class AnsweringService:
         """Names of the methods that this model can be explained by."""
         return self._explaining.methods
 
+    def check_admission(self) -> None:
+        """Raise `Overloaded` if even the smallest request for a prediction would be refused now."""
+        if self._predictions is not None and self.mode != EXPLAIN:
+            self._predictions.check_admission()
+
     async def answer(self, payload: InferenceRequest) -> Reply:
         """The answer to a request. Raises `HFTasksError`."""
         request, wish = self._split(payload)
@@ -170,7 +191,7 @@ class AnsweringService:
 
     def _split(self, payload: InferenceRequest) -> tuple[InferenceRequest, Wish]:
         """The request, and its wish with the mode that counts."""
-        with nesting_checked():
+        with NestingChecked():
             request, wish = split_request(payload)
         mode = wish.mode or self.mode
         if self._predictions is None and mode != EXPLAIN:
@@ -179,17 +200,18 @@ class AnsweringService:
         return request, Wish(mode, options)
 
     async def _both(self, predictions: Service, request: InferenceRequest, wish: Wish) -> Reply:
-        """The prediction, then its explanation; of an output that both have, the prediction's."""
+        """The prediction, then the explanation of that very answer; of an output that both have, its own."""
         outputs = request.outputs or []
         predicted = [output for output in outputs if predictions.has_output(output.name)]
         explained = [output for output in outputs if output not in predicted]
-        reply = Reply([])
+        reply, answered = Reply([]), None
         if predicted or not outputs:
-            reply = await predictions.answer(request.model_copy(update={"outputs": predicted}))
+            wanted = request.model_copy(update={"outputs": predicted})
+            reply, answered = await predictions.answer_with(wanted)
         made = list(reply.outputs)
         if explained or not outputs:
             wanted = request.model_copy(update={"outputs": explained})
-            made += await self._explaining.answer(wanted, wish.options, alone=False)
+            made += await self._explaining.answer(wanted, wish.options, alone=False, answered=answered)
         places = {output.name: place for place, output in enumerate(outputs)}
         return Reply(sorted(made, key=lambda output: places.get(output.name, 0)), reply.parameters)
 

@@ -11,13 +11,13 @@ from mlserver.types import InferenceRequest
 from mlserver_hftasks.codecs.request import STREAMED
 from mlserver_hftasks.codecs.response import RESULT_NAME, encode_results, encode_tensor
 from mlserver_hftasks.engine.batcher import Batcher
-from mlserver_hftasks.engine.generator import Generated, Generator, NewToken
-from mlserver_hftasks.engine.sequences import FinishReason, Prompt
+from mlserver_hftasks.engine.generator import Generator, NewToken
+from mlserver_hftasks.engine.sequences import FinishReason
 from mlserver_hftasks.errors import InvalidRequest
 from mlserver_hftasks.runtime.offload import Deadline
 from mlserver_hftasks.runtime.service import Asked, Reply, Service, run_rows
 from mlserver_hftasks.tasks.base import Answered, Example
-from mlserver_hftasks.tasks.decoding import Answer, outputs_of
+from mlserver_hftasks.tasks.decoding import Answer, prompts_of, regrouped
 from mlserver_hftasks.tasks.text_generation import TextGeneration, TextGenerationParameters
 
 
@@ -44,7 +44,7 @@ class GenerationService(Service):
         """See `Service`."""
         self._generator.check_admission()
 
-    async def answer(self, payload: InferenceRequest) -> Reply:
+    async def answer_with(self, payload: InferenceRequest) -> tuple[Reply, list[Answered]]:
         """See `Service`. Raises `InvalidRequest` for a stream that came through a worker as one request."""
         extra = (payload.parameters.model_extra if payload.parameters else None) or {}
         if extra.get(STREAMED):
@@ -52,16 +52,15 @@ class GenerationService(Service):
                 "streams do not get through parallel workers, expected parallel_workers 0 in the server's "
                 "settings, or a request to /infer @ infer_stream"
             )
-        return await super().answer(payload)
+        return await super().answer_with(payload)
 
     async def run(self, asked: Asked, deadline: Deadline) -> list[Answered]:
         """See `Service`."""
-        prompts = _prompts_of(asked.examples)
+        prompts = prompts_of(asked.examples)
         if prompts is None:
             return await run_rows(self._batcher, asked.examples, deadline)
         deadline.leave_to_engine()
-        results = iter(await self._generator.run(prompts, deadline=deadline.until))
-        return [_answered(example, results) for example in asked.examples]
+        return regrouped(asked.examples, await self._generator.run(prompts, deadline=deadline.until))
 
     async def stream(self, payload: InferenceRequest) -> AsyncGenerator[Reply, None]:
         """The answers piece by piece: text that is certain, the last piece with finish reason and counts."""
@@ -69,7 +68,7 @@ class GenerationService(Service):
         async with Deadline(self._timeout_ms) as deadline:
             asked = await self.read(payload, deadline)
             until = deadline.until
-        prompts = _prompts_of(asked.examples)
+        prompts = prompts_of(asked.examples)
         if prompts is None:
             raise InvalidRequest(
                 "what is asked for is only computed as a whole (see docs/generation.md), expected no beams, "
@@ -164,14 +163,3 @@ class _Growing:
             "prompt_tokens": self._prompt_tokens,
             "generated_tokens": self._count,
         }
-
-
-def _prompts_of(examples: Sequence[Example]) -> list[Prompt] | None:
-    """The prompts of all examples, in order; None if the engine does not take them."""
-    if any(example.context.prompts is None for example in examples):
-        return None
-    return [prompt for example in examples for prompt in example.context.prompts]
-
-
-def _answered(example: Example, results: Iterator[Generated]) -> Answered:
-    return Answered(example, [outputs_of([next(results) for _ in example.context.prompts])])

@@ -6,8 +6,8 @@ import asyncio
 import functools
 import logging
 import threading
-from collections.abc import AsyncIterator, Iterator
-from contextlib import aclosing, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing, suppress
 
 import mlserver
 from mlserver.errors import MLServerError
@@ -50,8 +50,7 @@ class HFTasksRuntime(mlserver.MLModel):
         super().__init__(settings)
         self._served: Served | None = None
         self._service: AnsweringService | None = None
-        self._in_flight = 0
-        self._drained = asyncio.Event()
+        self._edge = _Edge(self.name, self._failed)
 
     # -- life ------------------------------------------------------------------------------------
 
@@ -81,10 +80,10 @@ class HFTasksRuntime(mlserver.MLModel):
         self._service = self._served = None
         if service is None:
             return True
-        if self._in_flight:
-            self._drained.clear()
+        if self._edge.in_flight:
+            self._edge.drained.clear()
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._drained.wait(), DRAIN_SECONDS)
+                await asyncio.wait_for(self._edge.drained.wait(), DRAIN_SECONDS)
         await service.close()
         if served is not None:
             served.close()
@@ -101,9 +100,15 @@ class HFTasksRuntime(mlserver.MLModel):
 
     # -- requests --------------------------------------------------------------------------------
 
+    def check_admission(self) -> None:
+        """See `gate.Admits`."""
+        if self._service is not None:
+            with self._edge:
+                self._service.check_admission()
+
     async def predict(self, payload: InferenceRequest) -> InferenceResponse:
         """Answer one V2 request. Every error is an `MLServerError` with its status."""
-        with self._counted(), self._errors_mapped():
+        with self._edge:
             return self._response(await self._ready_service().answer(payload))
 
     async def predict_stream(
@@ -115,7 +120,7 @@ class HFTasksRuntime(mlserver.MLModel):
         """
         begun = False
         try:
-            with self._counted(), self._errors_mapped():
+            with self._edge:
                 payload = await anext(payloads)
                 async with aclosing(self._ready_service().stream(payload)) as pieces:
                     async for piece in pieces:
@@ -126,6 +131,9 @@ class HFTasksRuntime(mlserver.MLModel):
                 raise
             said = {"error": str(error), "status_code": error.status_code, "finish_reason": "error"}
             yield self._response(Reply([], said))
+
+    def _failed(self, error: HFTasksError) -> None:
+        self._metrics.failed(error)
 
     def _ready_service(self) -> AnsweringService:
         if self._service is None:
@@ -139,29 +147,6 @@ class HFTasksRuntime(mlserver.MLModel):
             outputs=reply.outputs,
             parameters=Parameters(**reply.parameters) if reply.parameters else None,
         )
-
-    @contextmanager
-    def _counted(self) -> Iterator[None]:
-        self._in_flight += 1
-        try:
-            yield
-        finally:
-            self._in_flight -= 1
-            if not self._in_flight:
-                self._drained.set()
-
-    @contextmanager
-    def _errors_mapped(self) -> Iterator[None]:
-        try:
-            yield
-        except HFTasksError as error:
-            self._metrics.failed(error)
-            raise as_mlserver_error(error) from None
-        except Exception as error:
-            logger.exception("model '%s': a request failed for a reason of our own", self.name)
-            failure = ForwardFailed(f"internal error: {type(error).__name__}")
-            self._metrics.failed(failure)
-            raise as_mlserver_error(failure) from error
 
     def _log_loaded(self, served: Served, cost: CostModel) -> None:
         how = served.description
@@ -181,8 +166,34 @@ class HFTasksRuntime(mlserver.MLModel):
         )
 
 
+class _Edge:
+    """Around each request: counts those in flight, and makes MLServer's errors of ours."""
+
+    def __init__(self, name: str, failed: Callable[[HFTasksError], None]) -> None:
+        self._name = name
+        self._failed = failed
+        self.in_flight = 0
+        self.drained = asyncio.Event()
+
+    def __enter__(self) -> None:
+        self.in_flight += 1
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self.in_flight -= 1
+        if not self.in_flight:
+            self.drained.set()
+        if isinstance(error, HFTasksError):
+            self._failed(error)
+            raise as_mlserver_error(error) from None
+        if isinstance(error, Exception):
+            logger.error("model '%s': a request failed for a reason of our own", self._name, exc_info=error)
+            failure = ForwardFailed(f"internal error: {type(error).__name__}")
+            self._failed(failure)
+            raise as_mlserver_error(failure) from error
+
+
 def _load(settings: Settings, cost: CostModel) -> Served:
-    with _loading:
+    with _loading, memory.without_collections():
         memory.manage()
         served = load(settings)
         if settings.warmup and served.decoder is None:  # a decoder's probe has warmed it up

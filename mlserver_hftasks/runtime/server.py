@@ -13,7 +13,7 @@
 - a request for a model that is still loading is a 503 (MLServer says 400);
 - an error that crosses from a worker keeps its message (MLServer puts the class before it);
 - what a client did wrong is not logged with a traceback;
-- the REST server has the routes of explanations (`routes`);
+- the REST server has the routes of explanations (`routes`), and before it a gate that refuses (`gate`);
 - threads hand the interpreter over sooner.
 
 The changes touch requests to models of this package only, save the first and the last.
@@ -52,6 +52,7 @@ from starlette.responses import StreamingResponse
 from mlserver_hftasks.codecs.envelope import check_envelope, check_id
 from mlserver_hftasks.codecs.request import PROTOCOL_PARAMETERS, STREAMED
 from mlserver_hftasks.errors import HFTasksError, InvalidSettings, Overloaded
+from mlserver_hftasks.runtime.gate import open_gates
 from mlserver_hftasks.runtime.routes import add_routes_with_models
 
 GRPC_CODES = {
@@ -154,6 +155,7 @@ def prepare_server() -> None:
     _mark_streams_to_workers()
     _refuse_bad_messages()
     add_routes_with_models(_body_limits.__contains__, as_mlserver_error)
+    open_gates(lambda error: _error_response(error.status_code, {"error": str(error)}))
 
 
 def _mark_streams_to_workers() -> None:

@@ -6,8 +6,7 @@ The numbers are the steps of `docs/structure.md`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,12 +55,17 @@ class Service(ABC):
 
     async def answer(self, payload: InferenceRequest) -> Reply:
         """The answer to a request. Raises `HFTasksError`."""
+        return (await self.answer_with(payload))[0]
+
+    async def answer_with(self, payload: InferenceRequest) -> tuple[Reply, list[Answered]]:
+        """The same, and what of the model's outputs it was made from, per item."""
         self.check_admission()  # 1
         async with Deadline(self._timeout_ms) as deadline:
             asked = await self.read(payload, deadline)  # 2 and 3
             answered = await self.run(asked, deadline)  # 4 to 7
             numbers = sum(array.size for item in answered for row in item.outputs for array in row.values())
-            return await run_for(int(CHARS_PER_NUMBER * numbers), self._reply, asked, answered)  # 8
+            reply = await run_for(int(CHARS_PER_NUMBER * numbers), self._reply, asked, answered)  # 8
+        return reply, answered
 
     async def stream(self, payload: InferenceRequest) -> AsyncGenerator[Reply, None]:
         """The answer in pieces; of a task that has none, in one. Raises `HFTasksError`."""
@@ -95,7 +99,7 @@ class Service(ABC):
         return name == RESULT_NAME or any(spec.name == name for spec in self.task.signature.outputs)
 
     def _decode(self, payload: InferenceRequest) -> tuple[Call, Parameters]:
-        with nesting_checked():
+        with NestingChecked():
             call = decode_request(payload, self._names)
             for name in call.outputs:
                 if name != RESULT_NAME:
@@ -103,7 +107,7 @@ class Service(ABC):
             return call, self.task.signature.parse(call.parameters)
 
     def _examples(self, call: Call, parameters: Parameters) -> list[Example]:
-        with nesting_checked():
+        with NestingChecked():
             return self.task.examples(call.inputs, parameters)
 
 
@@ -138,13 +142,17 @@ async def run_rows(batcher: Batcher, examples: list[Example], deadline: Deadline
     return _regroup(examples, await batcher.run(rows))
 
 
-@contextmanager
-def nesting_checked() -> Iterator[None]:
+class NestingChecked:
     """Recursion that went too deep is the fault of who nested so deeply."""
-    try:
-        yield
-    except RecursionError:
-        raise InvalidRequest("a value nested too deeply, expected a few levels @ inputs") from None
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is RecursionError:
+            raise InvalidRequest("a value nested too deeply, expected a few levels @ inputs") from None
 
 
 def _work_of(call: Call) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, zip_longest
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -77,6 +79,36 @@ def rendered(chat: Chat, tokenizer: PreTrainedTokenizerBase, where: str) -> str:
             f"the model's chat template refuses this chat ({reason:.200}), expected what it takes @ {where}"
         ) from None
     return str(text)
+
+
+def contents_in(prompt: str, chat: Chat, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, int]] | None:
+    """Where in a rendered prompt what people wrote is, and not the template: starts and ends of contents.
+
+    None if the template does more with contents than to trim them, so that nobody knows.
+    """
+    marks = [f"\ue000{index}\ue001" for index in range(len(chat.messages))]
+    marked = tuple({**each, "content": mark} for each, mark in zip(chat.messages, marks, strict=True))
+    try:
+        pieces = re.split("\ue000([0-9]+)\ue001", rendered(Chat(marked), tokenizer, "messages"))
+    except InvalidRequest:
+        return None
+    literals, order = pieces[::2], [int(index) for index in pieces[1::2]]
+    written = [chat.messages[index]["content"] for index in order]
+    for contents in (written, [content.strip() for content in written]):
+        spans = _laid_out(literals, contents)
+        if prompt == "".join(chain.from_iterable(zip_longest(literals, contents, fillvalue=""))):
+            return spans
+    return None
+
+
+def _laid_out(literals: Sequence[str], contents: Sequence[str]) -> list[tuple[int, int]]:
+    """Where contents are that lie between literals."""
+    spans, position = [], 0
+    for literal, content in zip(literals, contents, strict=False):
+        start = position + len(literal)
+        position = start + len(content)
+        spans.append((start, position))
+    return spans
 
 
 def _is_chat(value: Any) -> bool:

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from mlserver_hftasks.engine.rows import IntArray
-from mlserver_hftasks.engine.sequences import FINISH_REASONS, FinishReason, Sampling
+from mlserver_hftasks.engine.sequences import FINISH_REASONS, FinishReason, Prompt, Sampling
 from mlserver_hftasks.errors import InvalidRequest
-from mlserver_hftasks.tasks.base import Answered, ModelFacts
+from mlserver_hftasks.tasks.base import Answered, Example, ModelFacts
 from mlserver_hftasks.tasks.generation import GenerationParameters
 from mlserver_hftasks.tasks.signature import Tensor, padded_tensor
 
@@ -241,6 +241,21 @@ def outputs_of(results: Sequence[Any]) -> dict[str, IntArray | Any]:
         rows = [result.logprobs for result in results]
         made["logprobs"] = padded_tensor("FP32", rows, 0.0, width).values
     return made
+
+
+def prompts_of(examples: Sequence[Example]) -> list[Prompt] | None:
+    """The prompts of all examples, in order; None if the generating engine does not take them."""
+    if any(example.context.prompts is None for example in examples):
+        return None
+    return [prompt for example in examples for prompt in example.context.prompts]
+
+
+def regrouped(examples: Sequence[Example], results: Sequence[Any]) -> list[Answered]:
+    """What the generating engine answers to `prompts_of` the examples, per example."""
+    rest = iter(results)
+    return [
+        Answered(example, [outputs_of([next(rest) for _ in example.context.prompts])]) for example in examples
+    ]
 
 
 def _flat(value: Any) -> list[int]:

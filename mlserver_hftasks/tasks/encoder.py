@@ -74,6 +74,18 @@ class Source:
     """Which tokens of the encoding the row has; None: all."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Marked:
+    """An encoding between special tokens that are not the tokenizer's to add."""
+
+    ids: list[int]
+    special_tokens_mask: list[int]
+    offsets: list[tuple[int, int]]
+    word_ids: list[int | None]
+    sequence_ids: list[int | None]
+    overflowing: tuple[()] = ()
+
+
 class _Traced:
     """An encoding that knows its text."""
 
@@ -89,6 +101,30 @@ class _Traced:
     @property
     def overflowing(self) -> list[Any]:
         return [_Traced(piece, self.text) for piece in self.encoding.overflowing]
+
+
+def source_of(encoding: Encoding) -> Source | None:
+    """Where an encoding is from, if it was made by `Encoder.encode`."""
+    return Source(encoding.encoding, encoding.text) if isinstance(encoding, _Traced) else None
+
+
+def marked(encoding: Encoding, before: Sequence[int], after: Sequence[int]) -> Encoding:
+    """The encoding with special tokens before and after it."""
+    assert isinstance(encoding, _Traced)
+    first, last = len(before), len(after)
+    ids = [*before, *encoding.ids, *after]
+    special = [*[1] * first, *encoding.special_tokens_mask, *[1] * last]
+    if not hasattr(encoding, "offsets"):
+        slow = _SlowEncoding(ids, [0] * len(ids), special)
+        return _Traced(slow, encoding.text)  # type: ignore[return-value]
+    around = _Marked(
+        ids,
+        special,
+        [*[(0, 0)] * first, *encoding.offsets, *[(0, 0)] * last],
+        [*[None] * first, *encoding.word_ids, *[None] * last],
+        [*[None] * first, *[0] * len(encoding.ids), *[None] * last],
+    )
+    return _Traced(around, encoding.text)  # type: ignore[return-value]
 
 
 class Encoder:
@@ -124,9 +160,7 @@ class Encoder:
         if not self.is_fast:
             encodings = [self._encode_slow(text, truncation, words, special) for text in texts]
         else:
-            encodings = self._plain.encode_batch(
-                list(texts), is_pretokenized=words, add_special_tokens=special
-            )
+            encodings = self._encode_plain(texts, words, special)
             if truncation is not None:
                 for index, encoding in enumerate(encodings):
                     if len(encoding.ids) > truncation.max_length:
@@ -147,8 +181,7 @@ class Encoder:
         arrays = {"input_ids": np.asarray(encoding.ids, dtype=np.int64)}
         if self._takes_types:
             arrays["token_type_ids"] = np.asarray(encoding.type_ids, dtype=np.int64)
-        source = Source(encoding.encoding, encoding.text) if isinstance(encoding, _Traced) else None
-        return Row(arrays, key, select, source=source)
+        return Row(arrays, key, select, source=source_of(encoding))
 
     def special_tokens(self, *, pair: bool = False) -> int:
         """How many special tokens a text or a pair gets."""
@@ -163,6 +196,14 @@ class Encoder:
                 f"a text of {length} tokens, expected at most {self.max_tokens}: shorten it, or send the "
                 f"parameter truncation=true @ {where}"
             )
+
+    def _encode_plain(self, texts: Sequence[TextOrPair], words: bool, special: bool) -> list[Any]:
+        options = {"is_pretokenized": words, "add_special_tokens": special}
+        if len(texts) == 1:  # a batch wakes the tokenizer's threads, which costs a text a quarter of its time
+            first, second = texts[0] if isinstance(texts[0], tuple) else (texts[0], None)
+            return [self._plain.encode(first, second, **options)]
+        encodings: list[Any] = self._plain.encode_batch(list(texts), **options)
+        return encodings
 
     def _encode_cut(
         self, text: TextOrPair, truncation: Truncation, words: bool, special: bool, where: str

@@ -17,12 +17,13 @@ from pydantic import Field
 from transformers import GenerationConfig, PretrainedConfig
 
 from mlserver_hftasks.backends.base import Head
-from mlserver_hftasks.engine.rows import Decoding, IntArray, Row
+from mlserver_hftasks.engine.rows import Decoding, Row
 from mlserver_hftasks.engine.sequences import FinishReason
 from mlserver_hftasks.errors import InvalidRequest
 from mlserver_hftasks.generation.keys import GenerateKey
 from mlserver_hftasks.tasks.base import Answered, Example, ModelFacts, Task
 from mlserver_hftasks.tasks.decoding import Answer, Choices, answer_tensors, answers_of, summary_of
+from mlserver_hftasks.tasks.encoder import Encoding, source_of
 from mlserver_hftasks.tasks.generation import GenerationParameters
 from mlserver_hftasks.tasks.signature import InputSpec, OutputSpec, Signature, Tensor
 from mlserver_hftasks.tasks.text import TEXTS, TruncationChoice, truncation_of
@@ -94,7 +95,8 @@ class Seq2Seq(Task[Q]):
     def __init__(self, model: ModelFacts) -> None:
         super().__init__(model)
         self._choices = Choices(model)
-        self._start = model.generation_config.decoder_start_token_id or 0
+        self.start = model.generation_config.decoder_start_token_id or 0
+        """What the decoder begins with, before the answer's first token."""
         self._pad = model.generation_config.pad_token_id or 0
         own = self.specific(model.asked_as, model.config).get("prefix", getattr(model.config, "prefix", None))
         self._prefix = own or ""
@@ -117,7 +119,7 @@ class Seq2Seq(Task[Q]):
         self._choices.check(parameters)
         texts = self.texts(inputs.get("inputs", ()), "inputs")
         arguments = self._choices.generate_arguments(parameters)
-        return [self._example(ids, arguments, parameters) for ids in self.encoded(texts, parameters)]
+        return [self._example(each, arguments, parameters) for each in self.encoded(texts, parameters)]
 
     def postprocess(self, answered: Answered, parameters: Q) -> Any:
         """One dict per answer."""
@@ -158,12 +160,11 @@ class Seq2Seq(Task[Q]):
 
     # -- texts to rows ---------------------------------------------------------------------------
 
-    def encoded(self, texts: Sequence[str], parameters: Q) -> list[IntArray]:
-        """The token ids of each text with what belongs before and after it. Raises `InvalidRequest`."""
+    def encoded(self, texts: Sequence[str], parameters: Q) -> list[Encoding]:
+        """Each text with what belongs before and after it. Raises `InvalidRequest`."""
         prefix = self.prefix(parameters)
         truncation = truncation_of(self.model, parameters.truncation, None)
-        encodings = self.model.encoder.encode([prefix + text for text in texts], truncation)
-        return [np.asarray(encoding.ids, dtype=np.int64) for encoding in encodings]
+        return self.model.encoder.encode([prefix + text for text in texts], truncation)
 
     def prefix(self, parameters: Q) -> str:
         """What comes before every text. Raises `InvalidRequest`."""
@@ -174,7 +175,8 @@ class Seq2Seq(Task[Q]):
         """What an answer begins with, where it is no parameter of `generate()`. Raises `InvalidRequest`."""
         return None
 
-    def _example(self, ids: IntArray, arguments: Mapping[str, Any], parameters: Q) -> Example:
+    def _example(self, encoding: Encoding, arguments: Mapping[str, Any], parameters: Q) -> Example:
+        ids = np.asarray(encoding.ids, dtype=np.int64)
         least, most = self._lengths(parameters)
         decoding = Decoding(
             most, least, self._choices.width(parameters), parameters.seed, self.first_token(parameters)
@@ -185,7 +187,8 @@ class Seq2Seq(Task[Q]):
             logprobs=bool(parameters.logprobs),
             company=(least, most),
         )
-        return Example((Row({"input_ids": ids}, key, decoding=decoding),), len(ids))
+        row = Row({"input_ids": ids}, key, decoding=decoding, source=source_of(encoding))
+        return Example((row,), len(ids))
 
     def _lengths(self, parameters: Q) -> tuple[int, int]:
         """Least and most new tokens. Raises `InvalidRequest` for more than the model or the setting takes."""
@@ -232,4 +235,4 @@ class Seq2Seq(Task[Q]):
 
     def _ids(self, answer: Answer, longest: int) -> list[int]:
         """The answer's tokens as `generate()` returns them: after the first one, filled up."""
-        return [self._start, *answer.tokens, *[self._pad] * (longest - len(answer.tokens))]
+        return [self.start, *answer.tokens, *[self._pad] * (longest - len(answer.tokens))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -94,7 +95,8 @@ class Signature:
 
     def parse(self, values: dict[str, Any]) -> Parameters:
         """The checked parameters. Raises `InvalidRequest` naming the first that is wrong."""
-        return validated(self.parameters, values, self.known_names())
+        defaults: Parameters | None = None if values else _defaults(self.parameters)
+        return defaults or validated(self.parameters, values, self.known_names())
 
     def known_names(self) -> list[str]:
         """Every name that an input tensor may have."""
@@ -119,6 +121,15 @@ def validated(
     except ValidationError as error:
         message, place = _explain(error, known, what)
         raise InvalidRequest(f"{message} @ {where}.{place}" if where else f"{message} @ {place}") from None
+
+
+@cache
+def _defaults(kind: type[M]) -> M | None:
+    """What most requests ask for, frozen, so that they may share it; None if a value is required."""
+    try:
+        return kind()
+    except ValidationError:
+        return None
 
 
 def _explain(error: ValidationError, known: Sequence[str], what: str) -> tuple[str, str]:

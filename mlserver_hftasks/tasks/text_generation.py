@@ -18,6 +18,7 @@ from mlserver_hftasks.generation.keys import GenerateKey
 from mlserver_hftasks.tasks.base import Answered, Example, ModelFacts, Task
 from mlserver_hftasks.tasks.chat import Chat, chats_of, is_chat, rendered
 from mlserver_hftasks.tasks.decoding import Answer, Choices, answer_tensors, answers_of, summary_of
+from mlserver_hftasks.tasks.encoder import Source, source_of
 from mlserver_hftasks.tasks.generation import GenerationParameters
 from mlserver_hftasks.tasks.signature import InputSpec, OutputSpec, Signature, Tensor
 from mlserver_hftasks.tasks.text import TruncationChoice, truncation_of
@@ -74,6 +75,8 @@ class PromptContext:
     source: str | Chat
     tokens: IntArray
     prompts: tuple[Prompt, ...] | None
+    encoded: Source | None = None
+    """The prompt's text and its encoding; None for an empty one, which begins with a token of its own."""
 
 
 class TextGeneration(Task[TextGenerationParameters]):
@@ -116,8 +119,8 @@ class TextGeneration(Task[TextGenerationParameters]):
             raise InvalidRequest(WHOLE_ONLY)
         choose = self._rows if whole else self._prompts
         return [
-            choose(source, ids, parameters, f"{where}[{index}]")
-            for index, (source, ids) in enumerate(zip(sources, tokens, strict=True))
+            choose(PromptContext(source, ids, None, encoded), parameters, f"{where}[{index}]")
+            for index, (source, (ids, encoded)) in enumerate(zip(sources, tokens, strict=True))
         ]
 
     def postprocess(self, answered: Answered, parameters: TextGenerationParameters) -> Any:
@@ -189,7 +192,7 @@ class TextGeneration(Task[TextGenerationParameters]):
 
     def _tokens(
         self, sources: Sequence[str | Chat], parameters: TextGenerationParameters, where: str
-    ) -> list[IntArray]:
+    ) -> list[tuple[IntArray, Source | None]]:
         prefix = parameters.prefix or ""
         tokenizer = self.model.encoder.tokenizer
         special = parameters.add_special_tokens is not False and where != "messages"
@@ -207,16 +210,17 @@ class TextGeneration(Task[TextGenerationParameters]):
         encodings = self.model.encoder.encode(
             [texts[index] for index in full], truncation, special=special, where=where
         )
-        found = dict(zip(full, (encoding.ids for encoding in encodings), strict=True))
+        found = {
+            index: (np.asarray(encoding.ids, dtype=np.int64), source_of(encoding))
+            for index, encoding in zip(full, encodings, strict=True)
+        }
         return [
-            np.asarray(found.get(index) or self._choices.beginning(f"{where}[{index}]"), dtype=np.int64)
+            found.get(index) or (np.asarray(self._choices.beginning(f"{where}[{index}]"), np.int64), None)
             for index in range(len(texts))
         ]
 
-    def _prompts(
-        self, source: str | Chat, tokens: IntArray, parameters: TextGenerationParameters, where: str
-    ) -> Example:
-        count = parameters.num_return_sequences or 1
+    def _prompts(self, context: PromptContext, parameters: TextGenerationParameters, where: str) -> Example:
+        tokens, count = context.tokens, parameters.num_return_sequences or 1
         stops = parameters.stop or parameters.stop_sequence
         prompts = tuple(
             Prompt(
@@ -231,11 +235,10 @@ class TextGeneration(Task[TextGenerationParameters]):
             )
             for number in range(count)
         )
-        return Example((), PromptContext(source, tokens, prompts))
+        return Example((), replace(context, prompts=prompts))
 
-    def _rows(
-        self, source: str | Chat, tokens: IntArray, parameters: TextGenerationParameters, where: str
-    ) -> Example:
+    def _rows(self, context: PromptContext, parameters: TextGenerationParameters, where: str) -> Example:
+        tokens = context.tokens
         arguments = self._choices.generate_arguments(parameters)
         decoding = Decoding(
             self._choices.max_new_tokens(len(tokens), parameters, where),
@@ -248,9 +251,7 @@ class TextGeneration(Task[TextGenerationParameters]):
             stop=tuple(parameters.stop or parameters.stop_sequence or ()),
             logprobs=bool(parameters.logprobs),
         )
-        return Example(
-            (Row({"input_ids": tokens}, key, decoding=decoding),), PromptContext(source, tokens, None)
-        )
+        return Example((Row({"input_ids": tokens}, key, decoding=decoding),), context)
 
     # -- answers ---------------------------------------------------------------------------------
 

@@ -12,14 +12,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import numpy as np
 from pydantic import Field
 from transformers import PretrainedConfig
 
-from mlserver_hftasks.engine.rows import IntArray
 from mlserver_hftasks.errors import InvalidRequest, did_you_mean
 from mlserver_hftasks.tasks.base import ModelFacts
-from mlserver_hftasks.tasks.encoder import Truncation
+from mlserver_hftasks.tasks.encoder import Encoding, Truncation, marked
 from mlserver_hftasks.tasks.languages import Language, Languages
 from mlserver_hftasks.tasks.seq2seq import Seq2Seq, Seq2SeqParameters, signature_of
 from mlserver_hftasks.tasks.text import truncation_of
@@ -60,7 +58,7 @@ class Translation(Seq2Seq[TranslationParameters]):
         pairs = _pairs(config)
         return pairs.get(name) or (next(iter(pairs.values()), {}) if name == cls.name else {})
 
-    def encoded(self, texts: Sequence[str], parameters: TranslationParameters) -> list[IntArray]:
+    def encoded(self, texts: Sequence[str], parameters: TranslationParameters) -> list[Encoding]:
         """See `Seq2Seq`. A multilingual model's texts are marked with their language."""
         if self._languages is None:
             return super().encoded(texts, parameters)
@@ -72,7 +70,7 @@ class Translation(Seq2Seq[TranslationParameters]):
         encodings = encoder.encode(texts, truncation, special=False, limited=False)
         for index, encoding in enumerate(encodings):
             encoder.check_length(len(encoding.ids) + marks, f"inputs[{index}]")
-        return [np.array([*source.before, *each.ids, *source.after], dtype=np.int64) for each in encodings]
+        return [marked(each, source.before, source.after) for each in encodings]
 
     def first_token(self, parameters: TranslationParameters) -> int | None:
         """See `Seq2Seq`: the token of the language, of a multilingual model."""

@@ -20,7 +20,7 @@ from mlserver_hftasks.errors import (
     Overloaded,
     RequestTooLarge,
 )
-from mlserver_hftasks.explain import explainer as explainer_module
+from mlserver_hftasks.explain import engines as engines_module
 from mlserver_hftasks.explain.explainer import ExplainLimits
 from mlserver_hftasks.loading import Served
 from tests import tiny
@@ -241,7 +241,7 @@ async def test_gradients_crawl_while_predictions_run(served: Served, monkeypatch
         assert gate.wait(PATIENCE_S)
         return forward(rows)
 
-    monkeypatch.setattr(explainer_module, "MAX_PAUSE_S", pause_s)
+    monkeypatch.setattr(engines_module, "MAX_PAUSE_S", pause_s)
     row = answer(served, {"inputs": [TEXT]})[0].example.rows[0]
     way = PathRow(row.arrays, kept=np.zeros(row.cost, dtype=np.bool_), score=lambda out: out["logits"][:1])
     async with explaining(served) as explain:
@@ -270,8 +270,9 @@ def test_the_pause_is_called_after_each_product(served: Served) -> None:
     row = answer(served, {"inputs": [TEXT]})[0].example.rows[0]
     kept = np.zeros(row.cost, dtype=np.bool_)
     paths.forward([PathRow(row.arrays, kept=kept, score=lambda outputs: outputs["logits"])])
-    # Per layer query, key, value, their output, and two of the feed-forward; at the end the pooler.
-    products, passes_back = 2 * 6 + 1, 2
+    # Per layer query, key, value, their output, and two of the feed-forward, but neither key nor value in the
+    # last, of which the first token is read; at the end the pooler.
+    products, passes_back = 2 * 6 - 2 + 1, 2
     assert len(calls) == products + products * passes_back
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from captum.attr import LayerIntegratedGradients
+from captum.attr import FeatureAblation, LayerIntegratedGradients
 
 from mlserver_hftasks.errors import InvalidRequest
 from mlserver_hftasks.explain.result import Explanation
@@ -159,6 +159,52 @@ async def test_equals_captum(architecture: str) -> None:
         np.testing.assert_allclose(explanation.attributions[0], theirs, atol=1e-5 * scale)
 
 
+async def test_occlusion_equals_captum() -> None:
+    """captum's FeatureAblation of token ids, by the mask token."""
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tiny.folder("bert", "sequence")
+    ).eval()
+    tokenizer = tiny.tokenizer_of("bert")
+    ablation = FeatureAblation(lambda ids: model(ids).logits)
+    async with explaining(classifier("bert")) as explain:
+        for explanation in await explain(TEXTS, method="occlusion"):
+            ids = torch.tensor([tokenizer(explanation.texts[0])["input_ids"]])
+            special = torch.tensor(explanation.sequence_ids < 0)[None]
+            theirs = ablation.attribute(
+                ids,
+                baselines=torch.where(special, ids, tokenizer.mask_token_id),
+                target=int(explanation.target[0, 1]),
+            )
+            np.testing.assert_allclose(explanation.attributions[0], theirs[0].numpy(), atol=1e-5)
+
+
+# -- however attention is computed, and padding ---------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["bert", "roberta", "modernbert", "llama"])
+async def test_eager_attention_equals_sdpa(architecture: str) -> None:
+    results = []
+    for attention in ("sdpa", "eager"):
+        kwargs = {"model_kwargs": {"attn_implementation": attention}, "packing": "off"}
+        model = serve(tiny.folder(architecture, "sequence"), "text-classification", **kwargs)
+        async with explaining(model) as explain:
+            results.append(await explain(TEXTS, max_evals=20))
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_allclose(one.attributions, other.attributions, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "gpt2"])
+async def test_a_tokenizer_that_pads_on_the_left_changes_nothing(architecture: str) -> None:
+    results = []
+    for side in ("right", "left"):
+        model = serve(tiny.folder(architecture, "sequence"), "text-classification", packing="off")
+        model.task.model.encoder.tokenizer.padding_side = side
+        async with explaining(model) as explain:
+            results.append(await explain(TEXTS, max_evals=20))
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_allclose(one.attributions, other.attributions, atol=1e-5, rtol=1e-4)
+
+
 # -- the traps -----------------------------------------------------------------------------------
 
 
@@ -288,6 +334,16 @@ async def test_token_types_of_a_pair_are_kept() -> None:
     np.testing.assert_allclose(explanation.score, logits.max(), atol=1e-5)
     assert explanation.texts == ("the museum", "was quiet")
     assert set(explanation.sequence_ids.tolist()) == {-1, 0, 1}
+
+
+async def test_an_entity_is_at_its_word() -> None:
+    async with explaining(served("bert", "token-classification", "token")) as explain:
+        (tokens,) = await explain(TEXTS[1:2], max_evals=4)
+        (words,) = await explain(TEXTS[1:2], max_evals=4, level="word")
+    assert len(tokens.target) > 0
+    assert len(words.tokens) < len(tokens.tokens)
+    for token, word in zip(tokens.target[:, 0], words.target[:, 0], strict=True):
+        assert words.word_ids[word] == tokens.word_ids[token] >= 0
 
 
 async def test_words_are_the_sums_of_their_tokens() -> None:

@@ -195,11 +195,11 @@ async def main():
     await runtime.unload()
 
 asyncio.run(main())
-print(sorted({"torch", "transformers"} & set(sys.modules)))
+print(sorted({"torch", "transformers", "httpx"} & set(sys.modules)))
 """
 
 
-def test_a_program_is_loaded_and_predicts_without_torch_and_transformers() -> None:
+def test_a_program_is_loaded_and_predicts_without_torch_transformers_and_httpx() -> None:
     command = [sys.executable, "-c", SERVED, str(exported.folder("bert", "sequence", "onnx"))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -19,8 +19,9 @@ from transformers import AttentionInterface, AutoConfig, AutoModel, BertModel
 from mlserver_hftasks.backends import probe
 from mlserver_hftasks.backends import torch as torch_backend
 from mlserver_hftasks.backends.base import Head, Level
-from mlserver_hftasks.backends.packing import ATTENTION_NAME, Backbone, varlen_attention
+from mlserver_hftasks.backends.packing import Backbone
 from mlserver_hftasks.backends.torch import TorchBackend
+from mlserver_hftasks.backends.varlen import ATTENTION_NAME, varlen_attention
 from mlserver_hftasks.engine.rows import Outputs, Row
 from tests import tiny
 

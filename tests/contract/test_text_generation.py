@@ -16,8 +16,8 @@ from mlserver_hftasks.engine.generator import Generated, Generator
 from mlserver_hftasks.engine.steps import StepLimits, StepScheduler
 from mlserver_hftasks.errors import InvalidRequest, RequestTooLarge
 from mlserver_hftasks.loading import Served
-from mlserver_hftasks.runtime.generation import _answered, _prompts_of
 from mlserver_hftasks.tasks.base import Answered
+from mlserver_hftasks.tasks.decoding import prompts_of, regrouped
 from mlserver_hftasks.tasks.text_stream import TextStream
 from tests import harness, tiny
 
@@ -73,15 +73,14 @@ def answered(
     """The answers to requests (inputs, parameters) that come at once: per request, per item."""
     parsed = [(inputs, model.task.signature.parse(parameters)) for inputs, parameters in asked]
     examples = [model.task.examples(inputs, parameters) for inputs, parameters in parsed]
-    prompts = [_prompts_of(each) for each in examples]
+    prompts = [prompts_of(each) for each in examples]
     stepping = [index for index, each in enumerate(prompts) if each is not None]
     made = asyncio.run(_run(model, [prompts[index] for index in stepping], **limits))
     results = dict(zip(stepping, made, strict=True))
     found = []
     for index, each in enumerate(examples):
         if index in results:
-            rest = iter(results[index])
-            found.append([_answered(example, rest) for example in each])
+            found.append(regrouped(each, results[index]))
         else:
             outputs = model.backend.forward([row for example in each for row in example.rows])
             found.append([Answered(one, [out]) for one, out in zip(each, outputs, strict=True)])

@@ -219,6 +219,111 @@ def test_every_task(server: Server, model: str, inputs: Any, parameters: dict[st
     assert read(response.json())[0].words
 
 
+# -- text that was generated ----------------------------------------------------------------------------
+
+PROMPT = "The river museum was quiet"
+FEW = {"max_new_tokens": 4, "min_new_tokens": 4}
+
+
+def test_answers_over_rest(some_server: Server) -> None:
+    path, inputs = explain_path("talker"), texts(PROMPT, OTHER, name="text_inputs")
+    arrays = arrays_of(post(some_server, path, inputs, **FEW, max_evals=20))
+    assert list(arrays) == DEFAULT_NAMES
+    assert_adds_up(arrays)
+    assert arrays["target_label"].tolist() == [["answer"]] * 2
+    response = post(some_server, path, inputs, **FEW, max_evals=9, per_token=True, html=True)
+    arrays = arrays_of(response)
+    assert_adds_up(arrays)
+    assert arrays["attributions"].shape[:2] == (2, 4)
+    for index, reading in enumerate(read(response.json())):
+        assert reading.prompt_tokens == arrays["num_tokens"][index] - 4
+        assert reading.texts[0] == (PROMPT, OTHER)[index]
+        assert arrays["html"][index, 0].count("<section") == 4
+        assert (arrays["target"][index, :, 0] == reading.prompt_tokens + np.arange(4)).all()
+
+
+def test_the_answer_that_was_given_is_explained(some_server: Server) -> None:
+    """Also where it was drawn, and nobody knows the seed."""
+    drawn = {**FEW, "do_sample": True, "temperature": 3.0, "return_full_text": False}
+    said = set()
+    for _ in range(3):
+        inputs = texts(PROMPT, name="text_inputs")
+        arrays = arrays_of(some_server.infer("talker", inputs, explain="input-x-gradient", **drawn))
+        ((entry,),) = [json.loads(each) for each in arrays["output"].ravel()]
+        assert json.loads(arrays["explanation"][0, 0])["texts"] == [PROMPT, entry["generated_text"]]
+        said.add(entry["generated_text"])
+    assert len(said) > 1
+
+
+def test_answers_over_grpc(some_server: Server, some_grpc: GrpcClient) -> None:
+    options = {"target": " was", "method": "occlusion"}
+    inputs = texts(PROMPT, name="text_inputs")
+    (expected,) = records_of(post(some_server, explain_path("talker"), inputs, **options))
+    answer = some_grpc.infer("talker", inputs, explain=json.dumps(options), max_new_tokens=2)
+    outputs = {output.name: output for output in answer.outputs}
+    assert list(outputs) == ["output", *DEFAULT_NAMES]
+    (record,) = outputs["explanation"].contents.bytes_contents
+    assert_same(json.loads(record), expected)
+    assert expected["texts"] == [PROMPT, " was"]
+    alone = some_grpc.infer("talker", inputs, mode="explain", **FEW, **CHEAP)
+    assert [output.name for output in alone.outputs] == DEFAULT_NAMES
+
+
+def test_answers_over_v1(server: Server) -> None:
+    chat = [{"role": "user", "content": "who opened the museum?"}]
+    instances = [{"text": PROMPT, "target": " was"}, {"text": PROMPT, **FEW}]
+    body = {"instances": instances, "parameters": CHEAP}
+    response = server.client.post("/v1/models/talker:explain", json=body)
+    first, second = response.json()["explanations"]
+    assert first["texts"] == [PROMPT, " was"]
+    assert len(second["words"]) == second["prompt_tokens"] + 4
+    body = {"instances": [{"messages": chat, **FEW}], "parameters": CHEAP}
+    (one,) = server.client.post("/v1/models/chatter:explain", json=body).json()["explanations"]
+    told = "".join(
+        one["texts"][0][start:end] for start, end in one["spans"][: one["prompt_tokens"]] if start >= 0
+    )
+    assert told == chat[0]["content"].replace(" ", "")
+    (reading, _) = explain(f"{server.url}/v2/models/talker", [PROMPT, OTHER], per_token=True, **FEW, **CHEAP)
+    assert len(reading.targets) == 4
+
+
+def test_a_model_that_only_explains_its_answers(server: Server) -> None:
+    folder = tiny.folder("llama", "causal")
+    extra = {"task": "text-generation", "mode": "explain", "explain": {"per_token": True, **CHEAP}}
+    with server.having("why-talker", Model(folder, extra)) as loaded:
+        assert loaded.status_code == 200, loaded.text
+        arrays = arrays_of(server.infer("why-talker", texts(PROMPT, name="text_inputs"), **FEW))
+        assert arrays["attributions"].shape[1] == 4
+        metadata = server.client.get("/v2/models/why-talker").json()
+        assert metadata["parameters"]["explain_methods"].startswith("auto, integrated-gradients")
+        assert "per_token" in {each["name"] for each in metadata["inputs"]}
+
+
+def test_answers_of_encoders_with_decoders(server: Server) -> None:
+    folder = tiny.folder("t5", "seq2seq")
+    with server.having("why-t5", Model(folder, {"task": "summarization"})) as loaded:
+        assert loaded.status_code == 200, loaded.text
+        arrays = arrays_of(server.infer("why-t5", texts(TEXT), explain="occlusion", max_length=6))
+        assert_adds_up(arrays)
+        record = json.loads(arrays["explanation"][0, 0])
+        assert record["texts"] == [TEXT, json.loads(arrays["output"][0, 0])["summary_text"]]
+        metadata = server.client.get("/v2/models/why-t5").json()
+        assert metadata["parameters"]["explain_methods"] == "auto, occlusion, permutation-shap"
+
+
+def test_bad_requests_for_answers(server: Server) -> None:
+    path, inputs = explain_path("talker"), texts(PROMPT, name="text_inputs")
+    assert "@ explain.target" in error_of(post(server, path, inputs, target=7))
+    many = {"max_new_tokens": 80, "min_new_tokens": 80}
+    assert "at most 64 to explain" in error_of(post(server, path, inputs, per_token=True, **many))
+    assert "@ num_return_sequences" in error_of(
+        post(server, path, inputs, num_return_sequences=2, do_sample=True, **FEW)
+    )
+    assert "@ explain.per_token" in error_of(
+        post(server, explain_path("sentiment"), texts(TEXT), per_token=True)
+    )
+
+
 # -- what comes of many ---------------------------------------------------------------------------------
 
 
@@ -377,6 +482,37 @@ def test_numbers_of_another_server(server: Server) -> None:
         assert record["targets"][0]["score"] == pytest.approx(max(logits), abs=1e-5)
         assert (record["baseline"], record["method"]) == ("[MASK]", "permutation-shap")
         assert record["evaluations"] <= 60
+
+
+def test_pairs_and_questions_of_another_server(server: Server) -> None:
+    pair = [*texts("the museum", name="text"), *texts("was quiet", name="text_pair")]
+    with server.having("why-pairs", black_box(server, "sentiment")) as loaded:
+        assert loaded.status_code == 200, loaded.text
+        (record,) = records_of(server.infer("why-pairs", pair, method="occlusion"))
+        (prediction,) = server.results("sentiment", pair)
+        assert record["targets"][0]["label"] == prediction["label"]
+        assert record["targets"][0]["score"] == pytest.approx(prediction["score"], abs=1e-6)
+        assert record["texts"] == ["the museum", "was quiet"]
+        assert record["sequence_ids"] == [0, 0, 1, 1]
+        (without,) = server.results("sentiment", [*texts("the", name="text"), pair[1]], top_k=2)[:1]
+        left = next(entry["score"] for entry in without if entry["label"] == prediction["label"])
+        assert record["importances"][1] == pytest.approx(prediction["score"] - left, abs=1e-5)
+    question = {"question": "What was quiet?", "context": TEXT}
+    with server.having("why-answers", black_box(server, "answers")) as loaded:
+        assert loaded.status_code == 200, loaded.text
+        body = {"instances": [question], "parameters": {"method": "occlusion"}}
+        (one,) = server.client.post("/v1/models/why-answers:explain", json=body).json()["explanations"]
+        inputs = [*texts(question["question"], name="question"), *texts(TEXT, name="context")]
+        answers = server.results("answers", inputs, top_k=20)
+        best = max({answer["answer"] for answer in answers}, key=lambda text: _total(answers, text))
+        assert one["targets"][0]["label"] == best
+        assert one["targets"][0]["score"] == pytest.approx(_total(answers, best), abs=1e-6)
+        assert one["texts"] == [question["question"], TEXT]
+        assert any(one["importances"])
+
+
+def _total(answers: Any, text: str) -> float:
+    return sum(float(answer["score"]) for answer in answers if answer["answer"] == text)
 
 
 def test_another_server_that_is_not_there(server: Server, sentiment_folder: Path) -> None:

@@ -7,8 +7,9 @@ gradients change, and the gradient at the end alone.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -30,12 +31,18 @@ PathMethod = Generator[Sequence[float], Sequence[Point | None], Estimate]
 """Asks for points by their alpha."""
 Known = dict[float, Point]
 
-START = (1.0, 0.0, 0.5, 0.25, 0.125, 0.75, 0.375)
-"""The first points, most important first: most models make up their mind in the first half of the path."""
+STRETCH = 0.7
+"""Most models make up their mind in the first half of the path, so it is walked slowly at first:
+`alpha = STRETCH * tan(atan(1 / STRETCH) * t)`, for t from 0 to 1. So turns the direction of the sum of two
+vectors one of which grows; and the direction is all that a normalisation lets through."""
+START = (1.0, 0.0, 0.5, 0.25, 0.75)
+"""The first points by their t, most important first."""
 MAX_EVALS = 129
 """Most evaluations of the adaptive rule, where the client does not say."""
 NARROWEST = 2.0**-16
 """No interval is halved below this: points closer than that are nearly the same in float32."""
+SMALLEST = np.float32(1e-12)
+"""Doubts below are none."""
 TRAPEZOIDS = 2
 """Through so many points even where they lie in no order: polynomials of higher degree would swing."""
 FINE, COARSE = 6, 4
@@ -54,27 +61,47 @@ def adaptive(effort: Effort) -> PathMethod:
     """
     most = min(effort.max_evals or MAX_EVALS, MOST_EVALS)
     known: Known = {}
-    complete = yield from _learn(known, START[:most])
+    complete = yield from _learn_at(known, START[:most])
     while complete:
         middles = _doubtful(known, effort.tolerance)[: most - len(known)]
         if not middles:
             break
-        complete = yield from _learn(known, middles)
+        complete = yield from _learn_at(known, middles)
     return _interpolated(known, effort)
+
+
+def _learn_at(
+    known: Known, times: Sequence[float]
+) -> Generator[Sequence[float], Sequence[Point | None], bool]:
+    """As `_learn`, by t: with contributions to the integral over t."""
+    turn = math.atan(1 / STRETCH)
+    points = yield [min(STRETCH * math.tan(turn * t), 1.0) if t < 1 else 1.0 for t in times]
+    for t, point in zip(times, points, strict=True):
+        if point is not None:
+            pace = np.float32(STRETCH * turn / math.cos(turn * t) ** 2)
+            known[t] = replace(point, contribution=pace * point.contribution)
+    return all(point is not None for point in points)
 
 
 def _doubtful(known: Known, tolerance: float) -> list[float]:
     """The middles of the intervals to halve, worst first; the others together are within the tolerance."""
-    alphas = np.array(sorted(known))
+    times = np.array(sorted(known))
     integral, doubts = _integrate(known)
     doubts = doubts / (tolerance * size(integral))
     if (doubts.sum(axis=0) <= 1).all():
         return []
-    order = np.argsort(doubts.max(axis=1))
+    order = _order(doubts.max(axis=1))
     fitting = int((np.cumsum(doubts[order], axis=0) <= 1 / 2).all(axis=1).sum())
     bad = order[fitting:][::-1]
-    wide = bad[(alphas[bad + 1] - alphas[bad]) > NARROWEST]
-    return [float(middle) for middle in (alphas[wide] + alphas[wide + 1]) / 2]
+    wide = bad[(times[bad + 1] - times[bad]) > NARROWEST]
+    return [float(middle) for middle in (times[wide] + times[wide + 1]) / 2]
+
+
+def _order(doubts: FloatArray) -> IntArray:
+    """Rising. Of those that differ by rounding only, as mirrored intervals do, the later one comes first."""
+    nearly = np.round(np.log2(np.maximum(doubts, SMALLEST)), 2)
+    order: IntArray = np.lexsort((-np.arange(len(doubts)), nearly))
+    return order
 
 
 def _interpolated(known: Known, effort: Effort, rules: tuple[int, int] = (FINE, COARSE)) -> Estimate:
@@ -86,14 +113,21 @@ def _interpolated(known: Known, effort: Effort, rules: tuple[int, int] = (FINE, 
 
 
 def _integrate(known: Known, rules: tuple[int, int] = (FINE, COARSE)) -> tuple[FloatArray, FloatArray]:
-    """The integral over the path, [K, features], and the doubts about each interval, [intervals, K]."""
-    alphas = tuple(sorted(known))
-    contributions = np.stack([known[alpha].contribution for alpha in alphas])
-    scores = np.stack([known[alpha].score for alpha in alphas])
-    pieces, coarsely = (rule(contributions) for rule in _rules(alphas, rules))
-    differences = np.abs(pieces - coarsely).sum(axis=2)
-    missed = np.abs(pieces.sum(axis=2) - np.diff(scores, axis=0))
-    return pieces.sum(axis=0), np.maximum(differences, missed)
+    """The integral over the path, [K, features], and the doubts about each interval, [intervals, K].
+
+    What each interval must add up to is known, from the scores at its ends. What it misses goes to the
+    features that are in doubt, in proportion.
+    """
+    places = tuple(sorted(known))
+    contributions = np.stack([known[place].contribution for place in places])
+    scores = np.stack([known[place].score for place in places])
+    pieces, coarsely = (rule(contributions) for rule in _rules(places, rules))
+    differences = np.abs(pieces - coarsely)
+    missed = np.diff(scores, axis=0) - pieces.sum(axis=2)
+    doubts = differences.sum(axis=2)
+    shares = differences / np.maximum(doubts, SMALLEST)[:, :, None]
+    pieces += shares * missed[:, :, None]
+    return pieces.sum(axis=0), np.maximum(doubts, np.abs(missed))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -16,10 +16,14 @@ if TYPE_CHECKING:
 TARGETS: dict[str, str] = {
     "fill-mask": "fill_mask.FillMaskTargets",
     "question-answering": "question_answering.QuestionAnsweringTargets",
+    "summarization": "seq2seq.Seq2SeqTargets",
     "sentence-embedding": "sentence_embedding.SentenceEmbeddingTargets",
+    "text2text-generation": "seq2seq.Seq2SeqTargets",
+    "text-generation": "text_generation.TextGenerationTargets",
     "text-classification": "text_classification.TextClassificationTargets",
     "text-ranking": "text_ranking.TextRankingTargets",
     "token-classification": "token_classification.TokenClassificationTargets",
+    "translation": "seq2seq.Seq2SeqTargets",
     "zero-shot-classification": "zero_shot_classification.ZeroShotTargets",
 }
 

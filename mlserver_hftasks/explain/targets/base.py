@@ -14,6 +14,7 @@ from torch import Tensor
 from mlserver_hftasks.backends.gradients import Score
 from mlserver_hftasks.engine.rows import IntArray, Row
 from mlserver_hftasks.errors import InvalidRequest, did_you_mean
+from mlserver_hftasks.explain.result import BoolArray
 from mlserver_hftasks.tasks.base import Answered, Example, Task
 from mlserver_hftasks.tasks.signature import Parameters
 
@@ -25,6 +26,16 @@ MOST_SCORES = 8
 
 Choice = str | int | None
 """What the client names as target; None: what the model answers."""
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerText:
+    """The tokens of an answer, at the end of the row or the decoder's own. They are never absent."""
+
+    ids: IntArray
+    text: str
+    spans: IntArray
+    """[tokens, 2], where in the text they are; -1 where nobody knows, or where they write nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +52,10 @@ class Subject:
     """The text that `offsets` count in, where it is not what was tokenized."""
     offsets: IntArray | None = None
     """[tokens, 2], where they are not the tokenizer's."""
+    kept: BoolArray | None = None
+    """[tokens], which are never absent beside the special ones."""
+    answer: AnswerText | None = None
+    """What the row ends with, where its answer is part of it."""
 
 
 class Targets(ABC, Generic[T, P]):
@@ -53,11 +68,28 @@ class Targets(ABC, Generic[T, P]):
         """Further examples that must be run before anything can be explained."""
         return []
 
+    def answering(self, parameters: P) -> P:
+        """What items are answered with that are answered only to be explained."""
+        return parameters
+
+    def given(self, examples: Sequence[Example], choice: Choice) -> list[Answered] | None:
+        """The answers, where the client says them. Raises `InvalidRequest` for what is none."""
+        return None
+
     @abstractmethod
     def subject(
         self, answered: Answered, choice: Choice, parameters: P, references: Sequence[Answered]
     ) -> Subject:
         """What to explain of an item. Raises `InvalidRequest` for a target that it cannot have."""
+
+    def subject_per_token(
+        self, answered: Answered, choice: Choice, parameters: P, references: Sequence[Answered]
+    ) -> Subject:
+        """The same with a score for each token of the answer. Raises `InvalidRequest` if it has none."""
+        raise InvalidRequest(
+            f"got true, but {self.task.name} answers no text, expected false, or a task that does "
+            "@ explain.per_token"
+        )
 
 
 @dataclass(frozen=True, slots=True)

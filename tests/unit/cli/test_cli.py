@@ -173,6 +173,17 @@ def test_what_cannot_be_prepared_is_one_line_and_no_folder(
     assert names(tmp_path) == before
 
 
+def test_what_generates_in_steps_is_prepared_by_tokens(run: Run, tmp_path: Path) -> None:
+    out, model = tmp_path / "out", tiny.folder("gpt2", "causal")
+    code, said, errors = run("prepare", model, out, "--task", "text-generation", "--quantize", "int8")
+    assert (code, errors) == (0, "")
+    assert "throughput, tokens/s" in said and "same answer" in said
+    report = json.loads((out / "report.json").read_text())
+    assert (report["unit"], report["after"]["how"]["dtype"]) == ("tokens", "int8")
+    assert 0 < report["difference"]["largest"] < report["difference"]["deviation"]
+    assert 0 <= report["difference"]["equal_answers"] <= 1
+
+
 def test_a_folder_that_is_there_stays_as_it_is(run: Run, tmp_path: Path, model: Path) -> None:
     (tmp_path / "mine.txt").write_text("x")
     status, _, errors = run("prepare", model, tmp_path, "--task", "text-classification")

@@ -91,6 +91,19 @@ def test_a_model_is_loaded_here() -> None:
     assert "SIDEWAYS" in wrong.stderr
 
 
+def test_an_answer_is_explained_here() -> None:
+    options = ["--target", " was quiet", "-o", "per_token=true", "--method", "input-x-gradient"]
+    done = run("the river museum", "--model", str(tiny.folder("gpt2", "causal")), *options)
+    assert done.exit_code == 0, done.output
+    said = " ".join(done.output.split())
+    assert "Why was at token 1?" in said
+    assert done.output.count("input-x-gradient, baseline mean") == done.output.count("Why ") > 1
+    chat = '{"messages": [{"role": "user", "content": "hi"}]}'
+    refused = run(chat, "--model", str(tiny.folder("gpt2", "causal")))
+    assert refused.exit_code == 1
+    assert "no chat template" in " ".join(refused.stderr.split())
+
+
 # -- heat maps ------------------------------------------------------------------------------------
 
 

@@ -193,7 +193,7 @@ async def test_a_device_thread_that_dies_tells_everybody(error: BaseException) -
     started = threading.Event()
     async with serving(SumBackend(), on_thread_start=fail) as batcher, asyncio.timeout(PATIENCE_S):
         waiting = [asyncio.create_task(batcher.run([row(i), row(i)])) for i in range(5)]
-        await until(lambda: batcher.queued_rows == 10)
+        await until(lambda: len(batcher._waiters) == 5)
         started.set()
         for task in waiting:
             with pytest.raises(ForwardFailed, match="the device thread failed"):

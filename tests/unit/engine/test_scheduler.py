@@ -480,6 +480,21 @@ def test_predicted_latency_over_the_target_is_refused() -> None:
     made.check_admission(3, 300, 4.0)
 
 
+def test_the_queue_closes_for_usual_jobs_of_all_lengths_at_once() -> None:
+    made = scheduler(latency_target_s=0.55, max_batch_tokens=100)
+    made.submit(rows(*[100] * 3), 0.0)
+    assert made.next_batch(0.0) is not None
+    for _ in range(2):
+        made.submit(rows(100), 0.0)
+    made.submit(rows(88), 0.0)
+    usual = {made.predicted_latency_s(tokens, 0.0) for tokens in range(1, 13)}
+    assert len(usual) == 1
+    made.submit(rows(1), 0.0)  # an eighth of a batch is not left
+    assert made.predicted_latency_s(1, 0.0)[1] == made.predicted_latency_s(12, 0.0)[1] > usual.pop()[1]
+    with pytest.raises(Overloaded):
+        made.check_admission(1, 1, 0.0)
+
+
 @pytest.mark.parametrize("noise", [0.0, 0.15])
 @pytest.mark.parametrize("target", [0.1, 0.2])
 def test_the_target_is_kept_at_four_times_capacity(target: float, noise: float) -> None:

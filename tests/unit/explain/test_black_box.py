@@ -23,10 +23,12 @@ from mlserver_hftasks.errors import (
     RequestTooLarge,
     Unavailable,
 )
-from mlserver_hftasks.explain.black_box import MAX_WORDS, BlackBoxExplainer
+from mlserver_hftasks.explain.allowed import check_uri, metadata_uri
+from mlserver_hftasks.explain.black_box import BlackBoxExplainer
 from mlserver_hftasks.explain.options import ExplainOptions
-from mlserver_hftasks.explain.remote import BATCH_TEXTS, RemoteModel, check_uri
+from mlserver_hftasks.explain.remote import BATCH_TEXTS, RemoteModel
 from mlserver_hftasks.explain.result import Explanation
+from mlserver_hftasks.explain.words import MAX_WORDS
 from mlserver_hftasks.tasks.base import ItemLimits
 from mlserver_hftasks.tasks.signature import Parameters
 from tests.answering import Answering, answering
@@ -246,6 +248,139 @@ async def test_a_server_that_does_not_answer() -> None:
     await gone.close()
 
 
+# -- pairs and questions ---------------------------------------------------------------------------
+
+PAIR = {"text": ["The soup was great"], "text_pair": ["the waiter was rude"]}
+QUESTION = {"question": ["Who was rude today?"], "context": ["The waiter was rude, the soup was great."]}
+
+
+def columns_of(body: Any, *names: str) -> list[tuple[str, ...]]:
+    """The fields of the items, as tensors by their names or as objects."""
+    tensors = {each["name"]: each for each in body["inputs"]}
+    if set(names) <= tensors.keys():
+        return list(zip(*(tensors[name]["data"] for name in names), strict=True))
+    assert tensors["array_inputs"]["parameters"] == {"content_type": "hg_jsonlist"}
+    items = [orjson.loads(each) for each in tensors["array_inputs"]["data"]]
+    return [tuple(item[name] for name in names) for item in items]
+
+
+def of_pairs(body: Any) -> tuple[int, Any]:
+    """What the first text says counts, what the second does half."""
+    pairs = columns_of(body, "text", "text_pair")
+    assert all(text for pair in pairs for text in pair), "empty texts are refused"
+    data = [
+        orjson.dumps([{"label": "GOOD", "score": score(first) + score(second) / 2}]).decode()
+        for first, second in pairs
+    ]
+    return 200, {"outputs": [{"name": "output", "data": data}]}
+
+
+def of_questions(body: Any) -> tuple[int, Any]:
+    """The waiter is the answer where the context has one, surer if it is asked for who was rude."""
+    (top_k,) = (each["data"] for each in body["inputs"] if each["name"] == "top_k")
+    assert top_k == ["20"]
+    results = []
+    for question, context in columns_of(body, "question", "context"):
+        sure = 0.5 + 0.25 * ("Who" in question) + 0.125 * ("rude" in context)
+        answers = [{"answer": "soup", "score": 0.01}]
+        if "waiter" in context:
+            answers += [{"answer": "waiter", "score": sure / 2}, {"answer": "waiter", "score": sure / 2}]
+        results.append(answers)
+    single = results[0] if len(results) == 1 else results
+    data = [orjson.dumps(each).decode() for each in single]
+    return 200, {"outputs": [{"name": "output", "data": data}]}
+
+
+def metadata_of(*names: str) -> tuple[int, Any]:
+    return 200, {"name": "m", "inputs": [{"name": name} for name in names]}
+
+
+async def explained(
+    respond: Callable[[Any], tuple[int, Any]],
+    inputs: Any,
+    metadata: tuple[int, Any] | None,
+    **options: Any,
+) -> tuple[Explanation, Answering]:
+    with answering(respond=respond, metadata=metadata) as server:
+        uri = f"{server.url}/v2/models/m"
+        model = RemoteModel(f"{uri}/infer", metadata_uri=None if metadata is None else uri)
+        explainer = BlackBoxExplainer(model)
+        try:
+            for _ in range(2):  # the metadata are asked for once
+                (one,) = await explainer.explain(
+                    inputs, Parameters(timeout_ms=None), ExplainOptions.read(options)
+                )
+        finally:
+            await explainer.close()
+        assert server.gets == ([] if metadata is None else ["/v2/models/m"])
+        return one, server
+
+
+@pytest.mark.parametrize(
+    "metadata", [None, metadata_of("text", "text_pair"), metadata_of("args"), (404, {}), (200, []), (200, {})]
+)
+@pytest.mark.parametrize("inputs", [PAIR, {"inputs": [{name: texts[0] for name, texts in PAIR.items()}]}])
+async def test_words_of_both_texts(metadata: Any, inputs: Any) -> None:
+    one, server = await explained(of_pairs, inputs, metadata)
+    assert one.texts == ("The soup was great", "the waiter was rude")
+    assert one.sequence_ids.tolist() == [0] * 4 + [1] * 4
+    assert one.word_ids.tolist() == [0, 1, 2, 3] * 2
+    assert all(
+        one.texts[text][start:end] == token
+        for text, (start, end), token in zip(one.sequence_ids, one.offsets, one.tokens, strict=True)
+    )
+    expected = [0, 0.25, 0, 2.0, 0, 0, 0, -1.5]
+    np.testing.assert_allclose(one.attributions[0], expected, atol=1e-5)
+    names = {each["name"] for each in server.requests[0][1]["inputs"]}
+    assert names == ({"array_inputs", "top_k"} if metadata == metadata_of("args") else {*PAIR, "top_k"})
+
+
+async def test_words_of_a_question_and_its_context() -> None:
+    for inputs in (QUESTION, {"inputs": [{name: texts[0] for name, texts in QUESTION.items()}]}):
+        one, _ = await explained(of_questions, inputs, metadata_of("question", "context"), method="occlusion")
+        assert (one.target_label, one.target.tolist()) == (("waiter",), [[-1, -1]])
+        found = {
+            (text, token): value
+            for text, token, value in zip(
+                one.sequence_ids.tolist(), one.tokens, one.attributions[0].tolist(), strict=True
+            )
+            if value
+        }
+        assert found == pytest.approx({(0, "Who"): 0.25, (1, "waiter"): 0.875, (1, "rude"): 0.125}, abs=1e-6)
+        assert one.baseline_score[0] == 0
+    other, _ = await explained(of_questions, QUESTION, None, target="soup", max_evals=20)
+    assert other.score[0] == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "reason"),
+    [
+        ({}, "got nothing, expected inputs, or text and text_pair, or question and context @ inputs"),
+        ({**PAIR, **QUESTION}, "expected inputs, or text and text_pair"),
+        ({"inputs": [{"text": "a", "context": "b"}]}, "expected a text, text and text_pair, or question"),
+        ({"text": ["a", "b"], "text_pair": ["c"]}, "got 1, expected 2 as in text @ text_pair"),
+        ({"question": ["a"]}, "got 0, expected 1 as in question @ context"),
+        ({"question": ["a"], "context": [7]}, "got int 7, expected a text @ question[0]"),
+        ({"question": ["?"] * 9, "context": ["a"]}, "9 texts, expected 1..8"),
+    ],
+)
+async def test_pairs_that_are_none(inputs: Any, reason: str) -> None:
+    async with explainer_of() as (explainer, server):
+        with pytest.raises(InvalidRequest) as error:
+            await explainer.explain(inputs, Parameters(timeout_ms=None), ExplainOptions.read({}))
+        assert not server.requests
+    assert reason in str(error.value)
+
+
+async def test_one_context_for_all_questions() -> None:
+    async with explainer_of(of_questions) as (explainer, _):
+        asked = {"question": ["Who was rude?", "What was great?"], "context": QUESTION["context"]}
+        both = await explainer.explain(
+            asked, Parameters(timeout_ms=None), ExplainOptions.read({"max_evals": 9})
+        )
+    assert [one.texts[1] for one in both] == QUESTION["context"] * 2
+
+
 # -- which servers --------------------------------------------------------------------------------
 
 
@@ -288,3 +423,10 @@ def test_what_is_allowed(uri: str, allowed: str) -> None:
 def test_what_is_not_allowed(uri: str, allowed: str) -> None:
     with pytest.raises(InvalidSettings, match=r"@ parameters\.extra\.infer_uri"):
         check_uri(uri, {"HFTASKS_INFER_URIS": allowed})
+
+
+def test_metadata_are_asked_for_where_that_is_allowed_too() -> None:
+    uri = "http://models.example/v2/models/m/infer"
+    assert metadata_uri(uri, {"HFTASKS_INFER_URIS": "http://models.example"}) == uri.removesuffix("/infer")
+    assert metadata_uri(uri, {"HFTASKS_INFER_URIS": uri}) is None
+    assert metadata_uri("http://localhost/predict", {}) is None

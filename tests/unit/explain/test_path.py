@@ -165,7 +165,32 @@ def test_a_path_that_goes_nowhere() -> None:
     estimate = run(path.adaptive(Effort(0.05)), Steps([[0.0], [0.0]], [0.5], [0.1]))
     assert estimate.converged.all()
     assert not estimate.attributions.any()
-    assert estimate.evaluations == 7
+    assert estimate.evaluations == len(path.START)
+
+
+@pytest.mark.parametrize("most", [2, 3, 5, 9, 33])
+def test_adaptive_adds_up_to_the_scores(most: int) -> None:
+    """What an interval misses goes to features that are in doubt; those that do nothing get nothing."""
+    model = Steps([[1.0, 0.0, 2.0], [0.3, 0.0, 3.0]], [0.31, 0.5, 0.07], [0.03, 0.1, 0.02])
+    estimate = run(path.adaptive(Effort(1e-4, most)), model)
+    np.testing.assert_allclose(estimate.delta, 0, atol=1e-5)
+    assert not estimate.converged.any()
+    assert not estimate.attributions[:, 1].any()
+
+
+def test_what_is_missing_goes_where_the_doubts_are() -> None:
+    """The second feature is flat, so that any points give its integral; the first alone was missed."""
+    model = Steps([[1.0, 0.5]], [0.4, -300.0], [0.05, 1000.0])
+    estimate = run(path.adaptive(Effort(0.001, 9)), model)
+    assert error(estimate, model) < 1e-3 < abs(estimate.error)
+    np.testing.assert_allclose(estimate.attributions, model.integral, atol=1e-3)
+
+
+def test_rounding_does_not_choose_the_points() -> None:
+    """Mirrored intervals are in the same doubt, but for rounding."""
+    for noise in (1e-6, -1e-6):
+        doubts = np.array([1.0, 3.0, 3.0 * (1 + noise), 2.0, 0.0], dtype=np.float32)
+        assert path._order(doubts).tolist() == [4, 0, 3, 2, 1]
 
 
 @pytest.mark.parametrize("points", [2, 3, 5, 9])

@@ -48,9 +48,14 @@ class FakeExplainer:
         self.closed = False
 
     async def explain(
-        self, inputs: Mapping[str, Sequence[Any]], parameters: Any, options: ExplainOptions
+        self,
+        inputs: Mapping[str, Sequence[Any]],
+        parameters: Any,
+        options: ExplainOptions,
+        answered: Any = None,
     ) -> list[Explanation]:
         self.asked.append((dict(inputs), parameters, options))
+        self.answered = answered
         await asyncio.sleep(self.delay_s)
         return [explanation((text,)) for text in inputs["inputs"]]
 
@@ -68,12 +73,15 @@ class FakePredictions:
         return name in {"output", "score", "label"}
 
     async def answer(self, payload: InferenceRequest) -> Reply:
+        return (await self.answer_with(payload))[0]
+
+    async def answer_with(self, payload: InferenceRequest) -> tuple[Reply, list[str]]:
         self.asked.append(payload)
         names = [output.name for output in payload.outputs or ()] or ["output"]
         outputs = [
             ResponseOutput(name=name, shape=[1], datatype="BYTES", data=["predicted"]) for name in names
         ]
-        return Reply(outputs, {"said": "so"})
+        return Reply(outputs, {"said": "so"}), ["what it says"]
 
     async def stream(self, payload: InferenceRequest) -> AsyncIterator[Reply]:
         for _ in range(3):
@@ -149,6 +157,16 @@ async def test_explain_beside_a_prediction(asked: Any, options: dict[str, Any]) 
     (predicted,) = desk.predictions.asked
     assert predicted.parameters is not None
     assert predicted.parameters.model_extra == {"top_k": 2}
+    assert desk.explainer.answered == ["what it says"]  # not asked again
+
+
+async def test_without_a_prediction_nothing_is_known_of_it() -> None:
+    desk = Desk()
+    await desk.ask(mode="explain")
+    assert desk.explainer.answered is None
+    await desk.ask(explain=True, outputs=["attributions"])
+    assert desk.explainer.answered is None
+    assert not desk.predictions.asked
 
 
 async def test_explain_as_a_tensor() -> None:

@@ -90,4 +90,4 @@ async def test_closing_the_stream_closes_the_service_s() -> None:
     await anext(stream)
     await stream.aclose()
     assert service.closed
-    assert made._in_flight == 0
+    assert made._edge.in_flight == 0
