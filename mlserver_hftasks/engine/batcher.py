@@ -136,11 +136,11 @@ class Batcher:
             if self._closed:
                 raise Unavailable("the model is being unloaded, expected a model that is ready")
             now = time.monotonic()
-            if not background:
-                self._idle.clear()
-            elif not scheduler.queued_rows:
+            if background and not scheduler.queued_rows:
                 self._background_due = now + BACKGROUND_PATIENCE_S
             job = scheduler.submit(rows, now if since is None else since)
+            if not background:
+                self._idle.clear()
             self._waiters[job] = waiter
             if not self._running:
                 self._dispatch_soon()
@@ -281,19 +281,26 @@ class Batcher:
     def _dispatch(self) -> None:
         """Form the batch that an idle device shall run; run it here if it is short."""
         self._dispatching = False
+        try:
+            taken = self._take_short()
+            if taken is not None:
+                self._run_here(*taken)
+        except BaseException as error:  # as in `_run_device`
+            self._fail_all(ForwardFailed(f"the engine failed: {error!r}"))
+            raise
+
+    def _take_short(self) -> _Taken | None:
+        """The batch that an idle device shall run, if it is short; any other is handed to the thread."""
         with self._wake:
             taken = None if self._running or self._closed else self._next(time.monotonic())
             if taken is None:
-                return
+                return None
             self._running = True
-            if not self._is_short(*taken):
-                self._handed = taken
-                self._wake.notify()
-                return
-        try:
-            self._run_here(*taken)
-        except Exception as error:  # as in `_run_device`
-            self._fail_all(ForwardFailed(f"the engine failed: {error!r}"))
+            if self._is_short(*taken):
+                return taken
+            self._handed = taken
+            self._wake.notify()
+        return None
 
     def _is_short(self, scheduler: Scheduler, batch: Batch) -> bool:
         cost = scheduler.cost
@@ -304,8 +311,11 @@ class Batcher:
         ran = self._run_batch(scheduler, batch)
         with self._wake:
             self._running = False
-        self._deliver(*ran)
         self._dispatch_soon()  # later: what came meanwhile is read first
+        try:
+            self._deliver(*ran)
+        except Exception as error:  # an observer's: reported, as if the device thread had posted this
+            self._loop.call_exception_handler({"message": "a batch was not reported", "exception": error})
 
     def _deliver(self, batch: Batch, results: Sequence[Result], report: BatchReport) -> None:
         for ticket, result in zip(batch.tickets, results, strict=True):

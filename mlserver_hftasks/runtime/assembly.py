@@ -70,7 +70,7 @@ def answering(
         served.backend,
         Scheduler(limits_of(settings), cost, padded=served.backend.padded),
         on_thread_start=on_thread_start,
-        inline_s=_inline_s(served),
+        inline_s=_inline_s(settings, served),
         observe=metrics.batch_ran,
         observe_queue=metrics.queued,
         name=name,
@@ -121,10 +121,11 @@ def explaining_another(settings: Settings, infer_uri: str, metrics: ModelMetrics
     return AnsweringService(None, _explaining(explainer, SIGNATURE, settings, metrics), mode=settings.mode)
 
 
-def _inline_s(served: Served) -> float:
-    """Nothing where a prediction of seconds says little: for a device that others use too, and for a model
-    that goes on until it has said all."""
-    predictable = served.description.device == "cpu" and not served.task.head.generates
+def _inline_s(settings: Settings, served: Served) -> float:
+    """Nothing where a prediction of seconds says little: for a device that others use too, for a model that
+    goes on until it has said all, and where no warm-up has shown what large batches take."""
+    usual = served.description.device == "cpu" and not served.task.head.generates
+    predictable = usual and settings.warmup
     return INLINE_S if predictable else 0.0
 
 

@@ -100,6 +100,15 @@ class HFTasksRuntime(mlserver.MLModel):
 
     # -- requests --------------------------------------------------------------------------------
 
+    def is_full(self) -> bool:
+        """See `gate.Admits`."""
+        try:
+            if self._service is not None:
+                self._service.check_admission()
+        except HFTasksError:
+            return True
+        return False
+
     def check_admission(self) -> None:
         """See `gate.Admits`."""
         if self._service is not None:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 Text = str | Sequence[str]
 """A text, or its words."""
 TextOrPair = Text | tuple[Text, Text]
+SHORT_CHARS = 4_000
+"""Of a text that is tokenized by itself rather than as a batch of one."""
 Strategy = Literal["longest_first", "only_first", "only_second"]
 
 
@@ -199,7 +201,9 @@ class Encoder:
 
     def _encode_plain(self, texts: Sequence[TextOrPair], words: bool, special: bool) -> list[Any]:
         options = {"is_pretokenized": words, "add_special_tokens": special}
-        if len(texts) == 1:  # a batch wakes the tokenizer's threads, which costs a text a quarter of its time
+        # A batch wakes the tokenizer's threads, which costs a short text a quarter of its time; but `encode`
+        # keeps the interpreter to itself, and a long text would hold up everybody.
+        if len(texts) == 1 and _characters(texts[0]) <= SHORT_CHARS:
             first, second = texts[0] if isinstance(texts[0], tuple) else (texts[0], None)
             return [self._plain.encode(first, second, **options)]
         encodings: list[Any] = self._plain.encode_batch(list(texts), **options)
@@ -248,3 +252,7 @@ class Encoder:
         ids = encoded["input_ids"]
         types = encoded.get("token_type_ids", [0] * len(ids))
         return _SlowEncoding(ids, types, encoded["special_tokens_mask"])  # type: ignore[return-value]
+
+
+def _characters(text: TextOrPair) -> int:
+    return len(text) if isinstance(text, str) else sum(map(_characters, text))

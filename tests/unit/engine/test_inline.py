@@ -17,7 +17,7 @@ from mlserver_hftasks.engine.batcher import Batcher
 from mlserver_hftasks.engine.cost import CostModel
 from mlserver_hftasks.engine.rows import Outputs, Row
 from mlserver_hftasks.engine.scheduler import Limits, Scheduler
-from mlserver_hftasks.errors import ForwardFailed, Overloaded, Unavailable
+from mlserver_hftasks.errors import ForwardFailed, Overloaded, RequestTooLarge, Unavailable
 from tests.unit.engine.test_batcher import PATIENCE_S, POISON, SumBackend, row, serving, sums
 
 PER_TOKEN_S = 1e-3
@@ -127,15 +127,34 @@ async def test_a_row_that_fails_on_the_event_loop_fails_its_own_request_only() -
         assert sums(await batcher.run([row(2)])) == [2]
 
 
+@pytest.mark.parametrize("step", ["next_batch", "finished"])
 async def test_a_scheduler_that_fails_on_the_event_loop_tells_everybody(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     async with inline(Watched()) as batcher, asyncio.timeout(PATIENCE_S):
-        monkeypatch.setattr(batcher._scheduler, "finished", lambda *_: 1 / 0)
+        monkeypatch.setattr(batcher._scheduler, step, lambda *_: 1 / 0)
         with pytest.raises(ForwardFailed, match="ZeroDivisionError"):
             await batcher.run([row(1)])
         with pytest.raises(Unavailable):
             await batcher.run([row(1)])
+
+
+async def test_a_report_that_fails_does_not_end_the_engine() -> None:
+    def observe(report: object) -> None:
+        raise OSError("no space left for metrics")
+
+    failures: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: failures.append(context))
+    async with inline(Watched(), observe=observe) as batcher, asyncio.timeout(PATIENCE_S):
+        assert [sums(await batcher.run([row(number)])) for number in (1, 2, 3)] == [[1], [2], [3]]
+    assert [str(failure["exception"]) for failure in failures] == ["no space left for metrics"] * 3
+
+
+async def test_a_request_that_is_refused_leaves_an_idle_engine_idle() -> None:
+    async with inline(Watched(), limits=Limits(max_queue_rows=2)) as batcher, asyncio.timeout(PATIENCE_S):
+        with pytest.raises(RequestTooLarge):
+            await batcher.run([row(1)] * 3)
+        assert batcher.wait_until_idle(0)
 
 
 async def test_threads_are_prepared_wherever_a_batch_runs() -> None:

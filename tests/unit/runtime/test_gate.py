@@ -21,9 +21,14 @@ class Model:
 
     def __init__(self, status: int | None) -> None:
         self.ready = True
+        self.counted = 0
         self._status = status
 
+    def is_full(self) -> bool:
+        return self._status is not None
+
     def check_admission(self) -> None:
+        self.counted += 1
         if self._status is not None:
             raise MLServerError("full; retry after 3 s", self._status)
 
@@ -64,6 +69,7 @@ async def ask(
     body: Sequence[bytes] = (PLAIN,),
     headers: Sequence[tuple[bytes, bytes]] = (),
     kind: str = "http",
+    **scope: Any,
 ) -> list[Any]:
     """What the gate itself sends."""
     sent: list[Any] = []
@@ -78,7 +84,8 @@ async def ask(
     async def send(message: Any) -> None:
         sent.append(message)
 
-    await gate({"type": kind, "path": path, "headers": list(headers), "method": "POST"}, receive, send)
+    plain = {"type": kind, "path": path, "headers": list(headers), "method": "POST"}
+    await gate({**plain, **scope}, receive, send)
     return sent
 
 
@@ -116,6 +123,9 @@ async def test_whoever_is_not_refused_gets_in(status: int | None) -> None:
         {"body": [PLAIN.replace(b"]}]", b']}],"parameters":{"mode":"explain"}')]},
         {"body": [PLAIN.replace(b"args", b"explain")]},
         {"headers": [(b"content-encoding", b"gzip")]},
+        {"headers": [(b"origin", b"https://a.example")]},
+        {"method": "OPTIONS"},
+        {"method": "GET"},
         {"path": "/v2/models/m/infer_stream"},
         {"path": "/v2/models/m/explain"},
         {"path": "/v2/models/m/ready"},
@@ -127,6 +137,23 @@ async def test_what_cannot_be_judged_gets_in_unharmed(request_: dict[str, Any]) 
     registry.models["m", None] = Model(429)
     assert await ask(gate, **request_) == []
     assert seen == [b"".join(request_.get("body", [PLAIN]))]
+    assert registry.models["m", None].counted == 0
+
+
+async def test_a_server_under_a_path_of_its_own_has_its_gate() -> None:
+    gate, registry, seen = made()
+    registry.models["m", None] = Model(429)
+    start, _ = await ask(gate, "/models/v2/models/m/infer", root_path="/models")
+    assert start["status"] == 429
+    assert seen == []
+
+
+async def test_a_queue_that_has_room_when_the_body_has_come_takes_the_request() -> None:
+    gate, registry, seen = made()
+    model = registry.models["m", None] = Model(None)
+    model.is_full = lambda: True  # type: ignore[method-assign]
+    assert await ask(gate) == []
+    assert seen == [PLAIN]
 
 
 async def test_models_that_are_not_ready_or_not_ours_get_their_requests() -> None:
@@ -161,7 +188,7 @@ async def test_a_client_that_is_gone_is_left_to_the_application() -> None:
         sent.append(message)
 
     gate._inner = application
-    scope = {"type": "http", "path": "/v2/models/m/infer", "headers": []}
+    scope = {"type": "http", "method": "POST", "path": "/v2/models/m/infer", "headers": []}
     await gate(scope, receive, send)
     assert got == [{"type": "http.disconnect"}]
     assert sent == []
