@@ -285,6 +285,8 @@ class Batcher:
             taken = self._take_short()
             if taken is not None:
                 self._run_here(*taken)
+            else:
+                self._observe_queue(self.queued_rows)  # what the thread was not handed waits
         except BaseException as error:  # as in `_run_device`
             self._fail_all(ForwardFailed(f"the engine failed: {error!r}"))
             raise

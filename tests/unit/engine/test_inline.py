@@ -150,6 +150,18 @@ async def test_a_report_that_fails_does_not_end_the_engine() -> None:
     assert [str(failure["exception"]) for failure in failures] == ["no space left for metrics"] * 3
 
 
+async def test_rows_that_wait_are_seen_from_the_first_batch_on() -> None:
+    seen: list[int] = []
+    backend, limits = Watched(seconds=0.01), Limits(max_batch_rows=2)
+    async with serving(backend, limits=limits, observe_queue=seen.append) as batcher:
+        work = asyncio.create_task(batcher.run([row(1)] * 6))
+        while not backend.batches:
+            await asyncio.sleep(0)
+        assert seen[:1] == [4]
+        await work
+    assert seen[-1] == 0
+
+
 async def test_a_request_that_is_refused_leaves_an_idle_engine_idle() -> None:
     async with inline(Watched(), limits=Limits(max_queue_rows=2)) as batcher, asyncio.timeout(PATIENCE_S):
         with pytest.raises(RequestTooLarge):
