@@ -8,13 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from importlib import import_module
 from typing import TYPE_CHECKING, cast
 
-from mlserver_hftasks.backends.base import Backend
-from mlserver_hftasks.backends.program import ProgramBackend
 from mlserver_hftasks.codecs.request import EXPLAIN
 from mlserver_hftasks.engine.batcher import INLINE_S, Batcher
 from mlserver_hftasks.engine.cost import CostModel
@@ -23,30 +18,18 @@ from mlserver_hftasks.engine.scheduler import Scheduler
 from mlserver_hftasks.engine.steps import StepScheduler
 from mlserver_hftasks.errors import InvalidSettings
 from mlserver_hftasks.explain.allowed import metadata_uri
-from mlserver_hftasks.explain.methods import masking, path
-from mlserver_hftasks.explain.targets import TARGETS
-from mlserver_hftasks.generation.whole import NoWholeAnswers
 from mlserver_hftasks.loading import Served
 from mlserver_hftasks.metrics import ModelMetrics
 from mlserver_hftasks.runtime.configuration import limits_of, step_limits_of
+from mlserver_hftasks.runtime.explainers import ExplainerParts, explains
 from mlserver_hftasks.runtime.explaining import AnsweringService, Explaining, Explains
-from mlserver_hftasks.runtime.late import LateExplainer
 from mlserver_hftasks.runtime.service import RowService, Service
 from mlserver_hftasks.settings import Settings
 from mlserver_hftasks.tasks.base import ItemLimits
 from mlserver_hftasks.tasks.signature import Signature
 
 if TYPE_CHECKING:
-    from mlserver_hftasks.explain.engines import Engines
-
-METHODS = {
-    True: ("auto", *path.METHODS, *masking.METHODS),
-    False: ("auto", *masking.METHODS),
-}
-"""By which a model can be explained, with gradients and without."""
-
-PROGRAMS = (ProgramBackend, NoWholeAnswers)
-"""Backends without gradients, which run without torch."""
+    pass
 
 
 def answering(
@@ -76,27 +59,10 @@ def answering(
         name=name,
     )
     generator = _generator(name, settings, served, metrics, on_thread_start)
-    made = _Parts(f"{name}-explain", settings, served, batcher, generator, on_thread_start)
+    made = ExplainerParts(f"{name}-explain", settings, served, batcher, generator, on_thread_start)
     explaining = _explaining(made.explainer(), served.task.signature, settings, metrics)
     predictions = _predictions(settings, served, batcher, generator)
     return AnsweringService(predictions, explaining, mode=settings.mode)
-
-
-def explains(served: Served) -> bool:
-    """Whether there is something to explain of what the model answers."""
-    return served.task.name in TARGETS and (served.scoring is not None or not served.task.head.generates)
-
-
-def prepare_explaining(served: Served) -> None:
-    """Make gradients ready, where there are some: it takes a while, and must not come while rows run.
-
-    Those of a model that generates wait for the first explanation: they are another clone's.
-    """
-    if isinstance(served.backend, PROGRAMS) or served.task.head.generates:
-        return
-    from mlserver_hftasks.explain.explainer import gradients_of
-
-    gradients_of(served.task, served.backend)
 
 
 def explaining_another(settings: Settings, infer_uri: str, metrics: ModelMetrics) -> AnsweringService:
@@ -127,72 +93,6 @@ def _inline_s(settings: Settings, served: Served) -> float:
     usual = served.description.device == "cpu" and not served.task.head.generates
     predictable = usual and settings.warmup
     return INLINE_S if predictable else 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Parts:
-    """What an explainer of a model that was loaded here is made of."""
-
-    name: str
-    settings: Settings
-    served: Served
-    batcher: Batcher
-    generator: Generator | None
-    on_thread_start: Callable[[], None]
-
-    def explainer(self) -> Explains:
-        """Ready, or to be made when it is first asked, where that takes long or needs torch."""
-        if self.served.task.head.generates:
-            scoring = self.served.scoring
-            methods = METHODS[scoring.gradients] if scoring and explains(self.served) else ()
-            return LateExplainer(self.served.task.name, methods, self._scoring, self._generating)
-        if isinstance(self.served.backend, ProgramBackend):
-            methods = METHODS[False] if explains(self.served) else ()
-            late = partial(import_module, "mlserver_hftasks.explain.explainer")
-            return LateExplainer(self.served.task.name, methods, late, lambda module: self._predicting())
-        return self._predicting()
-
-    def _predicting(self) -> Explains:
-        from mlserver_hftasks.explain.engines import PredictingEngines
-        from mlserver_hftasks.explain.explainer import gradients_of
-
-        gradients = gradients_of(self.served.task, self.served.backend)
-        return self._explainer(
-            PredictingEngines(
-                self.served.backend,
-                self.batcher,
-                gradients,
-                on_thread_start=self.on_thread_start,
-                name=self.name,
-            )
-        )
-
-    def _scoring(self) -> Backend:
-        """Made on a thread, while the model may generate."""
-        from mlserver_hftasks.explain.engines import scoring_of
-
-        assert self.served.scoring is not None
-        self.on_thread_start()
-        return scoring_of(self.served.scoring.make, self.batcher, self.generator)
-
-    def _generating(self, scoring: Backend) -> Explains:
-        from mlserver_hftasks.explain.engines import GeneratingEngines
-
-        return self._explainer(
-            GeneratingEngines(
-                scoring,
-                self.batcher,
-                self.generator,
-                on_thread_start=self.on_thread_start,
-                name=self.name,
-            )
-        )
-
-    def _explainer(self, engines: Engines) -> Explains:
-        from mlserver_hftasks.explain.explainer import Explainer, ExplainLimits
-
-        limits = ExplainLimits(self.settings.max_queue_explanations)
-        return Explainer(self.served.task, engines, limits=limits)
 
 
 def _explaining(

@@ -19,8 +19,9 @@ from mlserver_hftasks.errors import ForwardFailed, HFTasksError, Unavailable
 from mlserver_hftasks.loading import Served, load, memory, probe_rows
 from mlserver_hftasks.loading.threads import set_torch_threads
 from mlserver_hftasks.metrics import ModelMetrics
-from mlserver_hftasks.runtime.assembly import answering, explaining_another, prepare_explaining
+from mlserver_hftasks.runtime.assembly import answering, explaining_another
 from mlserver_hftasks.runtime.configuration import settings_of, take_over_batching
+from mlserver_hftasks.runtime.explainers import prepare_explaining
 from mlserver_hftasks.runtime.explaining import AnsweringService
 from mlserver_hftasks.runtime.metadata import described
 from mlserver_hftasks.runtime.server import as_mlserver_error, limit_body, prepare_server
