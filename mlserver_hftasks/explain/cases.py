@@ -60,7 +60,7 @@ class Case:
 
     @property
     def _key(self) -> tuple[Any, int | None]:
-        """Of rows that run together: selections are filled up to the longest, so to twice their length at most."""
+        """Of rows that run together: what they select is filled up to the longest, so at most doubled."""
         row = self.subject.row
         return row.key, None if row.select is None else len(row.select).bit_length()
 
