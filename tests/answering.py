@@ -16,7 +16,8 @@ class Answering:
     ) -> None:
         self.requests: list[tuple[str, Any]] = []
         self.gets: list[str] = []
-        asked, gets = self.requests, self.gets
+        self.metadata = metadata or (404, {})
+        asked, gets, server = self.requests, self.gets, self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
@@ -28,7 +29,7 @@ class Answering:
 
             def do_GET(self) -> None:
                 gets.append(self.path)
-                self._answer(*(metadata or (404, {})))
+                self._answer(*server.metadata)
 
             def _answer(self, status: int, answer: Any) -> None:
                 data = json.dumps(answer).encode()

@@ -8,6 +8,7 @@ text, wherever it is found.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,8 @@ from mlserver_hftasks.tasks.signature import Parameters
 METHODS = {"permutation-shap": permutation_shap, "occlusion": occlusion}
 DEFAULT_METHOD = "permutation-shap"
 LEFT_OUT = "left out"
+MOST_DIGITS = 9
+"""Of the number of a label."""
 
 
 class BlackBoxExplainer:
@@ -89,23 +92,24 @@ class BlackBoxExplainer:
             raise ForwardFailed("no score of the model that is explained, expected some @ infer_uri")
         label = _target(options.target, whole)
         run = METHODS[method](len(words.spans), Effort(options.tolerance, options.max_evals))
-        estimate = await self._run(run, words, {words.item: whole}, label, until)
+        estimate = await self._run(run, words, {_digest(words.item): whole}, label, until)
         return self._explanation(words, method, label, tuple(whole), estimate)
 
     async def _run(
-        self, method: MaskMethod, words: Words, known: dict[Item, Scores], label: str, until: float | None
+        self, method: MaskMethod, words: Words, known: dict[bytes, Scores], label: str, until: float | None
     ) -> Estimate:
-        """Run a method to its end; texts that come out the same are asked for once."""
+        """Run a method to its end; texts that come out the same are asked for once, and not kept."""
         try:
             masks = next(method)
             while True:
                 items = [words.without(mask, self._replacement) for mask in masks]
-                wanted = [item for item in dict.fromkeys(items) if item not in known]
-                answers = await self._model.scores(wanted, until)
+                keys = [_digest(item) for item in items]
+                wanted = {key: item for key, item in zip(keys, items, strict=True) if key not in known}
+                answers = await self._model.scores(list(wanted.values()), until)
                 known.update(
-                    (item, said) for item, said in zip(wanted, answers, strict=True) if said is not None
+                    (key, said) for key, said in zip(wanted, answers, strict=True) if said is not None
                 )
-                masks = method.send([_score(known.get(item), label, item) for item in items])
+                masks = method.send([_score(known.get(key), label, words.item) for key in keys])
         except StopIteration as end:
             estimate: Estimate = end.value
             return estimate
@@ -121,7 +125,7 @@ class BlackBoxExplainer:
             word_ids=np.concatenate([np.arange(count, dtype=np.int64) for count in counts]),
             sequence_ids=spans[:, 0],
             attributions=estimate.attributions,
-            target=np.array([[-1, int(label) if label.isdecimal() else -1]], dtype=np.int64),
+            target=np.array([[-1, _id_of(label, words.item)]], dtype=np.int64),
             target_label=(label,),
             score=estimate.score,
             baseline_score=estimate.baseline_score,
@@ -140,12 +144,28 @@ class BlackBoxExplainer:
                 f"got {method}, but of a model on another server there are no gradients, expected one of "
                 f"{', '.join(self.methods)} @ method"
             )
+        if options.per_token:
+            raise InvalidRequest(
+                "got true, but of a model on another server the tokens are not known, expected false "
+                "@ per_token"
+            )
         if options.baseline != "auto":
             raise InvalidRequest(
                 f"got {options.baseline}, expected auto: what stands for an absent word is the setting "
                 "infer_mask @ baseline"
             )
         return method
+
+
+def _digest(item: Item) -> bytes:
+    """What an item is known by: the texts of all coalitions together take much memory."""
+    return hashlib.blake2b(repr(item.texts).encode(), digest_size=16).digest()
+
+
+def _id_of(label: str, item: Item) -> int:
+    """Of a label that is called by its number; -1 for others, and for answers, which may be years."""
+    numbered = item.fields != QUESTION and label.isascii() and label.isdecimal()
+    return int(label) if numbered and len(label) <= MOST_DIGITS else -1
 
 
 def _target(target: str | int | None, whole: Scores) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -35,10 +36,9 @@ class Case:
     def point_row(self, alpha: float, absent: Absent) -> PathRow:
         """The item's row at a point of its path."""
         row = self.subject.row
-        key = (row.key, row.select is not None)
         return PathRow(
             row.arrays,
-            key,
+            self._key,
             row.select,
             alpha=alpha,
             absent=absent,
@@ -53,10 +53,16 @@ class Case:
         ids = np.where(present[: len(ids)], ids, absent)
         return ScoredRow(
             {**row.arrays, "input_ids": ids},
-            (row.key, row.select is not None),
+            self._key,
             row.select,
             score=self.subject.score,
         )
+
+    @property
+    def _key(self) -> tuple[Any, int | None]:
+        """Of rows that run together: what they select is filled up to the longest, so at most doubled."""
+        row = self.subject.row
+        return row.key, None if row.select is None else len(row.select).bit_length()
 
     def nothing(self) -> Estimate:
         """Of an item of which nothing is to be explained: a text without entities."""

@@ -141,6 +141,7 @@ class Explainer:
             examples = [item.example for item in answered]
         else:
             examples = self._task.examples(inputs, targets.answering(parameters))
+        self._check_room(len(examples))
         known = targets.given(examples, options.target) or answered
         return _Asked(references, examples, []) if known is None else _Asked(references, [], list(known))
 

@@ -63,7 +63,7 @@ def _section(reading: Reading, index: int) -> str:
         f"{_numbers(target, scale)}{_warning(target, scale)}{_text(reading, index, scale)}"
         f"{_legend(target, scale)}{_tables(words, scale)}"
         f"<footer>{escape(reading.method)}, baseline {escape(reading.baseline)}, "
-        f"{reading.evaluations} evaluations of the model</footer></section>"
+        f"{escape(str(reading.evaluations))} evaluations of the model</footer></section>"
     )
 
 

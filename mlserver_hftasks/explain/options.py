@@ -61,7 +61,7 @@ class ExplainOptions(CheckedModel):
         "there is none. Special tokens are never absent",
     )
     tolerance: float = Field(
-        0.05, gt=0, le=1, description="converged when the error is below this share of the attributions"
+        0.05, ge=1e-6, le=1, description="converged when the error is below this share of the attributions"
     )
     max_evals: int | None = Field(
         None,

@@ -97,13 +97,15 @@ class RemoteModel:
             )
         return list(scores)
 
-    async def _names_of_inputs(self) -> frozenset[str]:
-        """What the model's metadata calls its inputs; none where it does not say."""
+    async def _names_of_inputs(self) -> frozenset[str] | None:
+        """What the model's metadata calls its inputs; none where it does not say, None if not now."""
         if self._metadata_uri is None:
             return frozenset()
         try:
             metadata = orjson.loads(await self._send("GET", self._metadata_uri))
             return frozenset(str(each["name"]) for each in metadata.get("inputs") or ())
+        except (Unavailable, Overloaded, DeadlineExceeded):
+            return None
         except (HFTasksError, ValueError, KeyError, TypeError, AttributeError):
             return frozenset()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,7 +30,7 @@ OUTPUTS = (
     OutputSpec("attributions", "FP32", (-1, -1, -1), "[n, targets, tokens], what each adds to the score"),
     OutputSpec("target", "INT64", (-1, -1, 2), "position and label of each score; -1 where none"),
     OutputSpec("target_label", "BYTES", (-1, -1), "the label's name; '' fills up"),
-    OutputSpec("score", "FP32", (-1, -1), "what is explained, a logit"),
+    OutputSpec("score", "FP32", (-1, -1), "what is explained: a logit, a cosine or a log-probability"),
     OutputSpec("baseline_score", "FP32", (-1, -1), "the same with all tokens absent"),
     OutputSpec("delta", "FP32", (-1, -1), "sum of attributions - (score - baseline_score)"),
     OutputSpec("converged", "BOOL", (-1, -1), "whether the error is within the tolerance"),
@@ -67,6 +68,17 @@ def tensors_of(
     }
 
 
+def count_numbers(names: Sequence[str], explanations: Sequence[Explanation]) -> int:
+    """How many numbers, or texts, the outputs of those names will hold, what fills them up included."""
+    written = sum(explanation.attributions.size for explanation in explanations)
+    return sum(
+        written
+        if name in (RECORD_NAME, HTML_NAME)
+        else math.prod(_shape([_COLUMNS[name][0](explanation) for explanation in explanations]))
+        for name in names
+    )
+
+
 def _object_array(values: Sequence[str]) -> npt.NDArray[Any]:
     return np.array(values, dtype=np.object_)
 
@@ -89,12 +101,17 @@ _COLUMNS: dict[str, Column] = {
 }
 
 
+def _shape(arrays: Sequence[npt.NDArray[Any]]) -> tuple[int, ...]:
+    """Of all of them, each filled up to the largest size along each of its axes."""
+    largest = np.max([array.shape for array in arrays], axis=0) if arrays[0].ndim else ()
+    return (len(arrays), *map(int, largest))
+
+
 def _padded(column: Column, explanations: Sequence[Explanation]) -> npt.NDArray[Any]:
     """The arrays one above the other, each filled up to the largest size along each of its axes."""
     read, fill = column
     arrays = [read(explanation) for explanation in explanations]
-    shape = np.max([array.shape for array in arrays], axis=0) if arrays[0].ndim else ()
-    made: npt.NDArray[Any] = np.full((len(arrays), *map(int, shape)), fill, dtype=arrays[0].dtype)
+    made: npt.NDArray[Any] = np.full(_shape(arrays), fill, dtype=arrays[0].dtype)
     for index, array in enumerate(arrays):
         place: tuple[int | slice, ...] = (index, *(slice(size) for size in array.shape))
         made[place] = array

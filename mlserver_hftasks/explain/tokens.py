@@ -11,7 +11,7 @@ import numpy as np
 from mlserver_hftasks.engine.rows import FloatArray, IntArray
 from mlserver_hftasks.errors import InvalidRequest
 from mlserver_hftasks.explain.result import BoolArray
-from mlserver_hftasks.explain.targets.base import Subject
+from mlserver_hftasks.explain.targets.base import Subject, token_names
 from mlserver_hftasks.tasks.encoder import Source
 
 ANSWER = 1
@@ -78,7 +78,7 @@ def tokens_of(subject: Subject, tokenizer: Any, level: Literal["token", "word"])
     ids = row.arrays["input_ids"][: len(chosen)].tolist()
     ids += [] if subject.answer is None else subject.answer.ids.tolist()
     return Tokens(
-        names=tuple(tokenizer.convert_ids_to_tokens(ids)),
+        names=token_names(tokenizer, ids),
         offsets=_offsets(spans, sequences, texts),
         word_ids=words,
         sequence_ids=sequences,

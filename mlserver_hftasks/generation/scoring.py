@@ -7,7 +7,7 @@ shares the weights: what generates is not touched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -24,6 +24,8 @@ from mlserver_hftasks.engine.rows import Outputs, Row
 HEAD = Head("AutoModelForCausalLM", {"logits": Level.TOKEN}, selects=True)
 PROBED_TOKENS = 4
 """Of each row of the probe, since logits over a vocabulary take much memory."""
+MOST_FED_TOKENS = 512
+"""Of the decoders of one pass, filled up, for the same reason: the engine counts what the encoders read."""
 
 
 class _Gate:
@@ -121,10 +123,17 @@ class EncodedScoring:
         dtype = str(model.dtype).removeprefix("torch.")
         self.description = Description("torch", str(device), dtype, "padded")
 
-    @torch.inference_mode()
     def forward(self, rows: Sequence[Row]) -> Sequence[Outputs]:
         """See `ScoringBackend`."""
         scored = [row for row in rows if isinstance(row, ScoredRow)]
+        return [outputs for part in _passes(scored) for outputs in self._forward(part)]
+
+    def close(self) -> None:
+        """See `base.Backend`."""
+        del self._model
+
+    @torch.inference_mode()
+    def _forward(self, scored: Sequence[ScoredRow]) -> list[Outputs]:
         read = [Row({"input_ids": row.arrays["input_ids"]}) for row in scored]
         fed = [Row({"input_ids": row.arrays["decoder_input_ids"]}) for row in scored]
         arrays = feeds.padded(read, self._pad_token_id)
@@ -134,6 +143,14 @@ class EncodedScoring:
         scores = (row.score({"logits": logits[i, : fed[i].cost]}) for i, row in enumerate(scored))
         return [{"score": score.float().cpu().numpy()} for score in scores]
 
-    def close(self) -> None:
-        """See `base.Backend`."""
-        del self._model
+
+def _passes(rows: Sequence[ScoredRow]) -> Iterator[Sequence[ScoredRow]]:
+    """The rows in groups whose decoders take few tokens; a row by itself may have any number."""
+    start = longest = 0
+    for index, row in enumerate(rows):
+        fed = len(row.arrays["decoder_input_ids"])
+        if index > start and (index + 1 - start) * max(longest, fed) > MOST_FED_TOKENS:
+            yield rows[start:index]
+            start, longest = index, 0
+        longest = max(longest, fed)
+    yield rows[start:]

@@ -26,10 +26,10 @@ from mlserver_hftasks.codecs.response import encode_tensor
 from mlserver_hftasks.errors import InvalidRequest, did_you_mean
 from mlserver_hftasks.explain.options import ExplainOptions
 from mlserver_hftasks.explain.result import Explanation
-from mlserver_hftasks.explain.tensors import HTML_NAME, OUTPUTS, default_names, tensors_of
+from mlserver_hftasks.explain.tensors import HTML_NAME, OUTPUTS, count_numbers, default_names, tensors_of
 from mlserver_hftasks.metrics import ExplainReport
 from mlserver_hftasks.runtime.offload import BULK_CHARS, Deadline, run_for
-from mlserver_hftasks.runtime.service import NestingChecked, Reply, Service, names_of
+from mlserver_hftasks.runtime.service import NestingChecked, Reply, Service, check_numbers, names_of
 from mlserver_hftasks.tasks.base import Answered
 from mlserver_hftasks.tasks.signature import Parameters, Signature
 
@@ -227,5 +227,6 @@ def _report(explanations: Sequence[Explanation], seconds: float) -> ExplainRepor
 def _encode(
     names: Sequence[str], explanations: Sequence[Explanation], options: ExplainOptions
 ) -> list[ResponseOutput]:
+    check_numbers(count_numbers(names, explanations))
     tensors = tensors_of(names, explanations, options)
     return [encode_tensor(name, tensors[name].datatype, tensors[name].values) for name in names]

@@ -168,7 +168,8 @@ def _work_of(call: Call) -> int:
     return (sum(sizes.values()) + items * shared) * max(widest, 1)
 
 
-def _check_numbers(numbers: int) -> None:
+def check_numbers(numbers: int) -> None:
+    """Raise `RequestTooLarge` for an answer of more than `MAX_NUMBERS`."""
     if numbers > MAX_NUMBERS:
         raise RequestTooLarge(
             f"an answer of {numbers} numbers, expected at most {MAX_NUMBERS}: send fewer items @ outputs"
@@ -181,12 +182,12 @@ def _encode(
     """The outputs that the call names, in its order; without names the result as JSON."""
     typed = [name for name in call.outputs if name != RESULT_NAME]
     tensors = task.tensors(typed, answered, parameters) if typed else {}
-    _check_numbers(sum(tensor.values.size for tensor in tensors.values()))
+    check_numbers(sum(tensor.values.size for tensor in tensors.values()))
     made: list[ResponseOutput] = []
     for name in call.outputs or (RESULT_NAME,):
         if name == RESULT_NAME:
             results = [task.postprocess(item, parameters) for item in answered]
-            _check_numbers(sum(result.size for result in results if isinstance(result, np.ndarray)))
+            check_numbers(sum(result.size for result in results if isinstance(result, np.ndarray)))
             made.append(encode_results(task.shaped(results, parameters, scalar=call.scalar)))
         else:
             made.append(encode_tensor(name, tensors[name].datatype, tensors[name].values))

@@ -84,8 +84,11 @@ def rendered(chat: Chat, tokenizer: PreTrainedTokenizerBase, where: str) -> str:
 def contents_in(prompt: str, chat: Chat, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, int]] | None:
     """Where in a rendered prompt what people wrote is, and not the template: starts and ends of contents.
 
-    None if the template does more with contents than to trim them, so that nobody knows.
+    None if the template does more with contents than to trim them, or a role has the characters of the marks
+    that stand for contents, so that nobody knows.
     """
+    if any({"\ue000", "\ue001"} & set(each["role"]) for each in chat.messages):
+        return None
     marks = [f"\ue000{index}\ue001" for index in range(len(chat.messages))]
     marked = tuple({**each, "content": mark} for each, mark in zip(chat.messages, marks, strict=True))
     try:

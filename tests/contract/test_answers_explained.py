@@ -20,13 +20,17 @@ from captum.attr import LayerIntegratedGradients, LLMGradientAttribution, TextTo
 
 from mlserver_hftasks.backends.gradients import PathBackend, PathRow, ScoredRow
 from mlserver_hftasks.engine.sequences import Prompt
-from mlserver_hftasks.errors import DeadlineExceeded, InvalidRequest
+from mlserver_hftasks.errors import DeadlineExceeded, InvalidRequest, RequestTooLarge
 from mlserver_hftasks.explain import engines as engines_module
+from mlserver_hftasks.explain.evaluation import Clock
+from mlserver_hftasks.explain.explainer import ExplainLimits
+from mlserver_hftasks.explain.options import ExplainOptions
 from mlserver_hftasks.explain.reading import Reading
 from mlserver_hftasks.explain.record import json_of
 from mlserver_hftasks.explain.result import Explanation
 from mlserver_hftasks.explain.targets.answers import MOST_SCORES, MOST_TOKENS
-from mlserver_hftasks.explain.targets.text_generation import USUAL_TOKENS
+from mlserver_hftasks.explain.targets.text_generation import USUAL_TOKENS, TextGenerationTargets
+from mlserver_hftasks.generation import scoring as scoring_module
 from mlserver_hftasks.generation.decoder import TorchDecoder
 from mlserver_hftasks.generation.stepped_scoring import SteppedScoring
 from mlserver_hftasks.loading import Served
@@ -192,6 +196,42 @@ async def test_the_text_of_the_client(architecture: str, target: str) -> None:
         assert other.target_label == ("answer",)
 
 
+async def test_the_text_of_the_client_behind_a_prompt_that_was_cut() -> None:
+    """What was cut off is no part of the answer, on whichever side."""
+    async with explaining(served("gpt2")) as explain:
+        (one,) = await explain(
+            {"text_inputs": [PROMPTS[0] * 20]},
+            {"truncation": True, "max_new_tokens": 100},
+            target=" Anna",
+            max_evals=2,
+        )
+    assert one.texts[1] == " Anna"
+    assert ids_of("gpt2", one)[one.prompt_tokens :] == tiny.tokenizer_of("gpt2")(" Anna")["input_ids"]
+
+
+async def test_rows_that_run_together_score_about_as_many_tokens() -> None:
+    """Their logits are filled up to those of the longest."""
+    async with explaining(served("gpt2")) as explain:
+        explainer, parameters = explain.explainer, explain.served.task.signature.parse({})
+
+        def keys_of(target: str) -> set[Any]:
+            options = ExplainOptions(target=target)
+            asked = explainer._asked({"text_inputs": PROMPTS}, parameters, options, None)
+            cases = explainer._cases(asked.answered, [], parameters, options, "", Clock(None))
+            rows = [
+                row
+                for case in cases
+                for row in (
+                    case.point_row(0.5, 0),
+                    case.masked_row(np.ones(len(case.tokens.groups), dtype=np.bool_), 0),
+                )
+            ]
+            return {row.key for row in rows}
+
+        assert len(keys_of(" was")) == 1
+        assert not keys_of(" was") & keys_of(" when the harbour opened, two ferries left for Morrow")
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 async def test_what_a_template_adds_is_never_absent(
     architecture: str, monkeypatch: pytest.MonkeyPatch
@@ -211,6 +251,28 @@ async def test_what_a_template_adds_is_never_absent(
     assert all(any(a <= start and end <= b for a, b in spans) for start, end in own)
     assert {letter for start, end in own for letter in range(start, end)} >= {8, 9, 10, 11, 40}
     assert one.attributions[0][one.sequence_ids == 0].any()
+
+
+async def test_a_role_that_looks_like_a_place_for_contents(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = served("gpt2")
+    template = "{% for each in messages %}{{ each.role }}: {{ each.content }}\n{% endfor %}"
+    monkeypatch.setattr(model.task.model.encoder.tokenizer, "chat_template", template)
+    chat = [{"role": "user\ue0007\ue001", "content": "who opened the museum?"}]
+    async with explaining(model) as explain:
+        (one,) = await explain({"messages": [chat]}, FEW, max_evals=4)
+    assert_sound(one)
+    assert (one.sequence_ids[: one.prompt_tokens] == 0).all()  # nobody knows what the template adds
+
+
+async def test_tokens_that_the_tokenizer_does_not_know() -> None:
+    """Models may have more of them, to fill their matrices up."""
+    model = served("gpt2", vocab_size=1000)
+    unknown = len(tiny.tokenizer_of("gpt2")) + 5
+    some = {"max_new_tokens": 3, "forced_eos_token_id": unknown}
+    async with explaining(model) as explain:
+        (one,) = await explain({"text_inputs": PROMPTS[:1]}, some, per_token=True, max_evals=4, html=True)
+    assert one.tokens[-1] == one.target_label[-1] == f"[{unknown}]"
+    assert f"[{unknown}]" in json_of(one, None)
 
 
 async def test_an_answer_that_generate_makes() -> None:
@@ -317,6 +379,23 @@ async def test_an_answer_to_what_an_encoder_read(architecture: str) -> None:
             await explain(PROMPTS[:1], some, method="input-x-gradient")
 
 
+async def test_decoders_take_few_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits over a vocabulary for all of them would take much memory; the encoder's tokens are others."""
+    most, shapes = 40, []
+    async with explaining(serve(tiny.folder("t5", "seq2seq"), "summarization")) as explain:
+        some = {"max_new_tokens": 12, "min_new_tokens": 12}
+        expected = await explain(PROMPTS, some, max_evals=40)
+        scoring = explain.explainer._engines._scoring  # type: ignore[attr-defined]
+        monkeypatch.setattr(scoring_module, "MOST_FED_TOKENS", most)
+        scoring._model.register_forward_hook(
+            lambda module, args, kwargs, out: shapes.append(tuple(out.logits.shape[:2])), with_kwargs=True
+        )
+        for got, wanted in zip(await explain(PROMPTS, some, max_evals=40), expected, strict=True):
+            np.testing.assert_allclose(got.attributions, wanted.attributions, atol=1e-5, rtol=1e-4)
+    assert max(rows * fed for rows, fed in shapes) <= most
+    assert max(rows for rows, _ in shapes) > 1
+
+
 async def test_a_tokenizer_that_does_not_know_where_its_tokens_are() -> None:
     async with explaining(serve(WRITTEN_IN_PYTHON, "translation_en_to_fr")) as explain:
         (one,) = await explain(PROMPTS[:1], {"max_new_tokens": 6, "num_beams": 1}, max_evals=20)
@@ -360,6 +439,18 @@ async def test_an_answer_that_is_too_long_to_explain_is_refused() -> None:
     async with explaining(served("gpt2")) as explain:
         with pytest.raises(InvalidRequest, match=rf"at most {MOST_TOKENS} to explain @ explain.target"):
             await explain({"text_inputs": PROMPTS[:1]}, target="quiet " * MOST_TOKENS)
+
+
+async def test_a_long_answer_is_not_written_behind_every_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    def written(*_: Any) -> Any:
+        raise AssertionError("tokenized with a prompt")
+
+    monkeypatch.setattr(TextGenerationTargets, "_continued", written)
+    async with explaining(served("gpt2"), limits=ExplainLimits(max_explanations=2)) as explain:
+        with pytest.raises(InvalidRequest, match=rf"at most {MOST_TOKENS} to explain @ explain.target"):
+            await explain({"text_inputs": PROMPTS[:2]}, target=" quiet" * (2 * MOST_TOKENS + 1))
+        with pytest.raises(RequestTooLarge, match="3 items to explain, expected at most 2"):
+            await explain({"text_inputs": PROMPTS}, target=" quiet")
 
 
 async def test_prompts_without_tokens_are_refused() -> None:

@@ -43,6 +43,8 @@ NARROWEST = 2.0**-16
 """No interval is halved below this: points closer than that are nearly the same in float32."""
 SMALLEST = np.float32(1e-12)
 """Doubts below are none."""
+TINIEST = np.float32(1e-30)
+"""Nothing is divided by less."""
 TRAPEZOIDS = 2
 """Through so many points even where they lie in no order: polynomials of higher degree would swing."""
 FINE, COARSE = 6, 4
@@ -116,7 +118,8 @@ def _integrate(known: Known, rules: tuple[int, int] = (FINE, COARSE)) -> tuple[F
     """The integral over the path, [K, features], and the doubts about each interval, [intervals, K].
 
     What each interval must add up to is known, from the scores at its ends. What it misses goes to the
-    features that are in doubt, in proportion.
+    features that are in doubt, in proportion; where none is, to all as they contribute. Nothing is made up
+    where the gradients vanish.
     """
     places = tuple(sorted(known))
     contributions = np.stack([known[place].contribution for place in places])
@@ -125,7 +128,8 @@ def _integrate(known: Known, rules: tuple[int, int] = (FINE, COARSE)) -> tuple[F
     differences = np.abs(pieces - coarsely)
     missed = np.diff(scores, axis=0) - pieces.sum(axis=2)
     doubts = differences.sum(axis=2)
-    shares = differences / np.maximum(doubts, SMALLEST)[:, :, None]
+    sizes = np.where(doubts[:, :, None] > SMALLEST, differences, np.abs(pieces))
+    shares = sizes / np.maximum(sizes.sum(axis=2, keepdims=True), TINIEST)
     pieces += shares * missed[:, :, None]
     return pieces.sum(axis=0), np.maximum(doubts, np.abs(missed))
 

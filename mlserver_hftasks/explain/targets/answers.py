@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mlserver_hftasks.engine.rows import IntArray
 from mlserver_hftasks.errors import DeadlineExceeded, InvalidRequest
-from mlserver_hftasks.explain.targets.base import AnswerText
+from mlserver_hftasks.explain.targets.base import AnswerText, token_names
 from mlserver_hftasks.tasks.base import Answered
 from mlserver_hftasks.tasks.text_stream import TextStream
 
@@ -78,7 +78,7 @@ def spelled(tokens: IntArray, tokenizer: Any, context: Sequence[int] = ()) -> An
 
 def names_of(answer: AnswerText, tokenizer: Any) -> tuple[str, ...]:
     """What each token writes; where it writes nothing, as the tokenizer calls it."""
-    names = tokenizer.convert_ids_to_tokens(answer.ids.tolist())
+    names = token_names(tokenizer, answer.ids.tolist())
     spans = answer.spans.tolist()
     written = [answer.text[start:end].strip() if start >= 0 else "" for start, end in spans]
     return tuple(text or name for text, name in zip(written, names, strict=True))

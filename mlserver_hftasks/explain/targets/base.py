@@ -121,6 +121,12 @@ def target_array(pairs: Sequence[tuple[int, int]]) -> IntArray:
     return np.array(pairs, dtype=np.int64).reshape(-1, 2)
 
 
+def token_names(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
+    """What the tokenizer calls them; ids of a model's vocabulary that it does not know are "[id]"."""
+    names: list[str | None] = tokenizer.convert_ids_to_tokens(ids)
+    return tuple(f"[{token}]" if name is None else name for token, name in zip(ids, names, strict=True))
+
+
 def predicted(choice: Choice, labels: Sequence[str]) -> bool:
     """Whether the client wants what the model answers explained."""
     return choice is None or (choice == "predicted" and "predicted" not in labels)

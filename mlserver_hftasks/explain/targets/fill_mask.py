@@ -17,6 +17,7 @@ from mlserver_hftasks.explain.targets.base import (
     Targets,
     predicted,
     target_array,
+    token_names,
 )
 from mlserver_hftasks.tasks.base import Answered
 from mlserver_hftasks.tasks.fill_mask import Blanks, FillMask, FillMaskParameters
@@ -43,7 +44,7 @@ class FillMaskTargets(Targets[FillMask, FillMaskParameters]):
             answered.example.rows[0],
             Sums(tuple((Entry("logits", (mask, token)),) for mask, token in enumerate(tokens))),
             target_array(list(zip(blanks.positions.tolist(), tokens, strict=False))),
-            tuple(self.task.model.encoder.tokenizer.convert_ids_to_tokens(tokens)),
+            token_names(self.task.model.encoder.tokenizer, tokens),
         )
 
     def _token(self, choice: str | int, vocabulary: int) -> int:

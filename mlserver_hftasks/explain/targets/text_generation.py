@@ -17,6 +17,7 @@ from mlserver_hftasks.engine.sequences import FINISH_REASONS, FinishReason
 from mlserver_hftasks.errors import InvalidRequest
 from mlserver_hftasks.explain.result import BoolArray
 from mlserver_hftasks.explain.targets.answers import (
+    MOST_TOKENS,
     WHOLE,
     LogProbability,
     control_ids,
@@ -68,6 +69,7 @@ class TextGenerationTargets(Targets[TextGeneration, TextGenerationParameters]):
                 f"got {choice!r:.60}, expected a text that continues the prompt @ explain.target"
             )
         text = self.task.text(choice, "explain.target")
+        self._check_target(text)
         return [Answered(example, [_as_outputs(self._continued(example, text)[0])]) for example in examples]
 
     def subject(
@@ -123,6 +125,15 @@ class TextGenerationTargets(Targets[TextGeneration, TextGenerationParameters]):
                 f"{most} together @ explain.target"
             )
 
+    def _check_target(self, text: str) -> None:
+        """Before every prompt is written with it; behind a prompt it may have a few tokens less."""
+        (alone,) = self._alone(text)
+        if len(alone.ids) > 2 * MOST_TOKENS:
+            raise InvalidRequest(
+                f"an answer of {len(alone.ids)} tokens, expected at most {MOST_TOKENS} to explain "
+                "@ explain.target"
+            )
+
     # -- what is never absent --------------------------------------------------------------------
 
     def _kept(self, context: PromptContext) -> BoolArray:
@@ -149,17 +160,20 @@ class TextGenerationTargets(Targets[TextGeneration, TextGenerationParameters]):
         """The tokens of a text behind a prompt, and where in the text they are.
 
         As the tokenizer writes it behind the prompt's text, if that leaves the prompt's tokens as they are;
-        else by itself.
+        else by itself. A prompt that was cut is no longer what its text comes to.
         """
         encoder, context = self.task.model.encoder, example.context
         before = str(context.encoded.text) if isinstance(context.encoded, Source) else ""
-        for special in (True, False):
-            (both,) = encoder.encode([before + text], special=special, limited=False)
-            count = len(context.tokens)
-            if before and len(both.ids) > count and both.ids[:count] == context.tokens.tolist():
-                return _ids_and_spans(both, count, len(before))
-        (alone,) = encoder.encode([text], special=False, limited=False, where="explain.target")
+        own: list[int] = context.tokens.tolist()
+        for special in (True, False) if before else ():
+            prompt, both = encoder.encode([before, before + text], special=special, limited=False)
+            if prompt.ids == own and len(both.ids) > len(own) and both.ids[: len(own)] == own:
+                return _ids_and_spans(both, len(own), len(before))
+        (alone,) = self._alone(text)
         return _ids_and_spans(alone, 0, 0)
+
+    def _alone(self, text: str) -> list[Encoding]:
+        return self.task.model.encoder.encode([text], special=False, limited=False, where="explain.target")
 
 
 def _as_outputs(tokens: IntArray) -> dict[str, IntArray]:

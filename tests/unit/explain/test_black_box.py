@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator, Callable
+import tracemalloc
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -28,7 +29,7 @@ from mlserver_hftasks.explain.black_box import BlackBoxExplainer
 from mlserver_hftasks.explain.options import ExplainOptions
 from mlserver_hftasks.explain.remote import BATCH_TEXTS, RemoteModel
 from mlserver_hftasks.explain.result import Explanation
-from mlserver_hftasks.explain.words import MAX_WORDS
+from mlserver_hftasks.explain.words import MAX_WORDS, Item
 from mlserver_hftasks.tasks.base import ItemLimits
 from mlserver_hftasks.tasks.signature import Parameters
 from tests.answering import Answering, answering
@@ -127,6 +128,33 @@ async def test_numbers_in_place_of_labels() -> None:
     assert by_word(one)["great"] == pytest.approx(2.0, abs=1e-5)
 
 
+@pytest.mark.parametrize(("label", "number"), [("7", 7), ("1" * 25, -1), ("²", -1), ("٣", -1)])
+async def test_labels_that_are_numbers(label: str, number: int) -> None:
+    def respond(body: Any) -> tuple[int, Any]:
+        data = [orjson.dumps([{"label": label, "score": score(text)}]).decode() for text in texts_of(body)]
+        return 200, {"outputs": [{"name": "output", "data": data}]}
+
+    async with explainer_of(respond) as (explainer, _):
+        (one,) = await explain(explainer, TEXT, method="occlusion")
+    assert (one.target_label, one.target.tolist()) == ((label,), [[-1, number]])
+
+
+async def test_texts_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw, model = np.random.default_rng(0), RemoteModel("http://127.0.0.1:1/v2/models/m/infer")
+
+    async def scores(items: Sequence[Item], until: float | None = None) -> list[dict[str, float]]:
+        return [{"GOOD": float(draw.random())} for _ in items]
+
+    monkeypatch.setattr(model, "scores", scores)
+    text = " ".join(f"{n:01000}" for n in range(60))
+    tracemalloc.start()
+    (one,) = await explain(BlackBoxExplainer(model), text)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    await model.close()
+    assert one.evaluations * len(text) / 2 > 25e6 > 2 * peak
+
+
 async def test_a_target_by_name() -> None:
     async with explainer_of() as (explainer, _):
         (one,) = await explain(explainer, TEXT)
@@ -142,6 +170,7 @@ async def test_a_target_by_name() -> None:
     [
         (TEXT, {"method": "integrated-gradients"}, "no gradients, expected one of auto, permutation-shap"),
         (TEXT, {"baseline": "mask"}, "infer_mask @ baseline"),
+        (TEXT, {"per_token": True}, "expected false @ per_token"),
         ("  ", {}, f"0 words, expected 1..{MAX_WORDS} @ inputs[0]"),
         ("a " * (MAX_WORDS + 1), {}, f"{MAX_WORDS + 1} words"),
         (7, {}, "expected a text @ inputs[0]"),
@@ -306,13 +335,14 @@ async def explained(
         model = RemoteModel(f"{uri}/infer", metadata_uri=None if metadata is None else uri)
         explainer = BlackBoxExplainer(model)
         try:
-            for _ in range(2):  # the metadata are asked for once
+            for _ in range(2):  # the metadata are asked for once, if there are any
                 (one,) = await explainer.explain(
                     inputs, Parameters(timeout_ms=None), ExplainOptions.read(options)
                 )
         finally:
             await explainer.close()
-        assert server.gets == ([] if metadata is None else ["/v2/models/m"])
+        assert set(server.gets) == (set() if metadata is None else {"/v2/models/m"})
+        assert len(server.gets) <= 1 or metadata == (404, {})
         return one, server
 
 
@@ -370,6 +400,32 @@ async def test_pairs_that_are_none(inputs: Any, reason: str) -> None:
             await explainer.explain(inputs, Parameters(timeout_ms=None), ExplainOptions.read({}))
         assert not server.requests
     assert reason in str(error.value)
+
+
+async def test_an_answer_that_is_a_year_is_no_label() -> None:
+    def respond(body: Any) -> tuple[int, Any]:
+        found = [
+            {"answer": "1912", "score": 0.5 * ("1912" in context)}
+            for _, context in columns_of(body, "question", "context")
+        ]
+        return 200, {"outputs": [{"name": "output", "data": [orjson.dumps(each).decode() for each in found]}]}
+
+    asked = {"question": ["When did it open?"], "context": ["In 1912 it did."]}
+    one, _ = await explained(respond, asked, None, method="occlusion")
+    assert (one.target_label, one.target.tolist()) == (("1912",), [[-1, -1]])
+
+
+async def test_metadata_are_asked_for_again_after_a_failure() -> None:
+    metadata = [(503, {}), (429, {}), metadata_of("args")]
+    with answering(respond=of_pairs, metadata=metadata[0]) as server:
+        uri = f"{server.url}/v2/models/m"
+        model = RemoteModel(f"{uri}/infer", metadata_uri=uri)
+        for server.metadata in [*metadata, (500, {})]:
+            await model.scores([Item(("text", "text_pair"), ("a", "b"))])
+        await model.close()
+    assert len(server.gets) == len(metadata)
+    names = [{each["name"] for each in body["inputs"]} - {"top_k"} for _, body in server.requests]
+    assert names == [set(PAIR), set(PAIR), {"array_inputs"}, {"array_inputs"}]
 
 
 async def test_one_context_for_all_questions() -> None:

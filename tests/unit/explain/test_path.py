@@ -186,6 +186,26 @@ def test_what_is_missing_goes_where_the_doubts_are() -> None:
     np.testing.assert_allclose(estimate.attributions, model.integral, atol=1e-3)
 
 
+def test_what_is_missing_where_nothing_is_in_doubt() -> None:
+    """All have a part in it, as they contribute; where gradients vanish nobody has, and `delta` tells."""
+
+    def flat(alpha: float) -> Point:
+        return Point(np.array([4 * alpha], dtype=np.float32), np.array([[1.0, 2.0, 0.0]], dtype=np.float32))
+
+    estimate = run(path.adaptive(Effort(0.05)), flat)
+    np.testing.assert_allclose(estimate.attributions, [[4 / 3, 8 / 3, 0.0]], rtol=1e-5)
+    np.testing.assert_allclose(estimate.delta, 0, atol=1e-5)
+    assert not estimate.converged.any()
+
+    def vanishing(alpha: float) -> Point:
+        return Point(np.array([float(alpha > 0.4)], dtype=np.float32), np.zeros((1, 3), dtype=np.float32))
+
+    estimate = run(path.adaptive(Effort(0.05)), vanishing)
+    assert not estimate.attributions.any()
+    assert estimate.delta.tolist() == [-1.0]
+    assert not estimate.converged.any()
+
+
 def test_rounding_does_not_choose_the_points() -> None:
     """Mirrored intervals are in the same doubt, but for rounding."""
     for noise in (1e-6, -1e-6):

@@ -163,6 +163,11 @@ def test_what_clients_and_models_say_is_text() -> None:
         assert f"Why {HOSTILE}" in Parsed(made).all_text
 
 
+def test_numbers_of_a_server_that_are_none() -> None:
+    record = json.loads(json_of(explanation()))
+    assert_harmless(page([Reading.of({**record, "evaluations": HOSTILE})]))
+
+
 @given(st.text(max_size=30))
 def test_the_text_is_shown_as_it_is(text: str) -> None:
     made = page([reading(hostile(text))], title=text)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mlserver_hftasks.explain.options import ExplainOptions
 from mlserver_hftasks.explain.record import json_of
 from mlserver_hftasks.explain.result import Explanation
-from mlserver_hftasks.explain.tensors import OUTPUTS, default_names, tensors_of
+from mlserver_hftasks.explain.tensors import OUTPUTS, count_numbers, default_names, tensors_of
 from tests.explanations import explanation
 
 NAMES = [spec.name for spec in OUTPUTS]
@@ -40,6 +40,13 @@ def test_every_output_is_as_the_table_says(batch: list[Explanation]) -> None:
             assert said in (-1, size)
         if spec.datatype == "FP32":
             assert np.isfinite(tensor.values).all()
+
+
+@given(st.lists(explanations, min_size=1, max_size=4), st.sets(st.sampled_from(NAMES)))
+def test_numbers_are_counted_before_they_are_made(batch: list[Explanation], names: set[str]) -> None:
+    made = tensors_of(list(names - {"explanation", "html"}), batch, ExplainOptions())
+    as_json = sum(one.attributions.size for one in batch) * len(names & {"explanation", "html"})
+    assert count_numbers(list(names), batch) == sum(each.values.size for each in made.values()) + as_json
 
 
 @given(st.lists(explanations, min_size=1, max_size=4))

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from mlserver.types import InferenceRequest, Parameters, RequestInput, RequestOutput, ResponseOutput
 from pydantic import Field
 
-from mlserver_hftasks.errors import DeadlineExceeded, InvalidRequest
+from mlserver_hftasks.errors import DeadlineExceeded, InvalidRequest, RequestTooLarge
 from mlserver_hftasks.explain.options import ExplainOptions
 from mlserver_hftasks.explain.result import Explanation
+from mlserver_hftasks.runtime import service as service_module
 from mlserver_hftasks.runtime.explaining import AnsweringService, Explaining
 from mlserver_hftasks.runtime.service import Reply
 from mlserver_hftasks.tasks.signature import InputSpec, OutputSpec, Signature
@@ -239,6 +240,17 @@ async def test_outputs_of_both_in_the_order_asked() -> None:
     assert [output.name for output in desk.predictions.asked[0].outputs or ()] == ["label", "score"]
 
 
+async def test_answers_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = Desk(mode="explain")
+    made = await desk.ask(["attributions"])
+    monkeypatch.setattr(service_module, "MAX_NUMBERS", len(made["attributions"].data))
+    assert await desk.ask(["attributions"])
+    with pytest.raises(RequestTooLarge, match="send fewer items @ outputs"):
+        await desk.ask(["attributions", "delta"])
+    with pytest.raises(RequestTooLarge, match="send fewer items @ outputs"):
+        await desk.ask()
+
+
 async def test_what_is_not_asked_for_is_not_done() -> None:
     desk = Desk()
     assert list(await desk.ask(["attributions"], explain=True)) == ["attributions"]
@@ -253,6 +265,7 @@ async def test_what_is_not_asked_for_is_not_done() -> None:
         ({"explain": {"methode": "occlusion"}}, "unknown option 'methode', did you mean 'method'? @ explain"),
         ({"explain": "occlusio"}, "@ explain.method"),
         ({"explain": {"tolerance": -1}}, "@ explain.tolerance"),
+        ({"explain": {"tolerance": 1e-300}}, "@ explain.tolerance"),
         ({"explain": [1]}, "@ explain"),
         ({"explain": "{"}, "invalid JSON"),
         ({"explain": 7}, "@ explain"),
