@@ -64,6 +64,8 @@ class System:
         own: dict[str, Any] = {"dtype": self.dtype, "intra_op_threads": THREADS}
         if self.backend == "torch":
             own["quantization"] = self.quantization
+        if self.backend == "export":  # what runs code when it is loaded must be asked for
+            own |= {"backend": self.backend, "compile": self.compiled}
         return own
 
 

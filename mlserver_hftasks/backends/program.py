@@ -88,11 +88,7 @@ class ProgramBackend:
         del self._runner
 
     def _passes(self, rows: Sequence[Row]) -> Iterator[Sequence[int]]:
-        if self._alone:
-            return ([index] for index in range(len(rows)))
-        if self._plan.layout is Layout.PADDED:
-            return iter(feeds.alike(rows, self._plan.marker))
-        return lanes.passes([row.cost for row in rows])
+        return ([index] for index in range(len(rows))) if self._alone else self.passes_of(self._plan, rows)
 
     def _forward(self, rows: Sequence[Row]) -> list[Outputs]:
         feed = self.feed_of(self._plan, rows)
@@ -103,6 +99,15 @@ class ProgramBackend:
             index = selection[:, :, None]
             wanted = {name: np.take_along_axis(array, index, 1) for name, array in wanted.items()}
         return feeds.split(wanted, rows, self._head)
+
+    @staticmethod
+    def passes_of(plan: Plan, rows: Sequence[Row]) -> Iterator[Sequence[int]]:
+        """Indices of the rows that go through a program of that plan together."""
+        if plan.layout is Layout.SINGLE:
+            return ([index] for index in range(len(rows)))
+        if plan.layout is Layout.PADDED:
+            return iter(feeds.alike(rows, plan.marker))
+        return lanes.passes([row.cost for row in rows])
 
     @staticmethod
     def feed_of(plan: Plan, rows: Sequence[Row]) -> dict[str, IntArray]:

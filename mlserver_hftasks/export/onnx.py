@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers.exporters import OnnxConfig, OnnxExporter
 
-from mlserver_hftasks.backends.program import Feed, Layout, ProgramBackend, Reads
+from mlserver_hftasks.backends.program import Feed, Layout, Plan, ProgramBackend, Reads
+from mlserver_hftasks.engine.rows import Row
 from mlserver_hftasks.export import graph, static
 from mlserver_hftasks.export.early import read_early
 from mlserver_hftasks.export.job import Export
 
 FILE = "model.onnx"
 BATCH = 16
-"""Rows that are calibrated together."""
+"""Most rows that are calibrated together."""
 
 
 def write(job: Export) -> str:
@@ -43,10 +44,16 @@ def _quantize(program: Any, job: Export) -> None:
     if job.order.quantization == "int8":
         graph.quantize_rows(program)
         return
-    rows = job.calibration
-    batches = (rows[start : start + BATCH] for start in range(0, len(rows), BATCH))
-    feeds = (ProgramBackend.feed_of(job.plan, batch) for batch in batches)
+    feeds = calibration_feeds(job.plan, job.calibration)
     static.quantize(program, observe(program, feeds, job.folder))
+
+
+def calibration_feeds(plan: Plan, rows: Sequence[Row]) -> Iterator[Feed]:
+    """The rows as a program of that plan takes them: together as when it is served, but a few at a time."""
+    for start in range(0, len(rows), BATCH):
+        batch = rows[start : start + BATCH]
+        for indices in ProgramBackend.passes_of(plan, batch):
+            yield ProgramBackend.feed_of(plan, [batch[index] for index in indices])
 
 
 def observe(program: Any, feeds: Iterable[Feed], folder: Path) -> dict[str, static.Observed]:

@@ -105,8 +105,9 @@ def _filtered(scaled: FloatArray, normaliser: float, sampling: Sampling) -> tupl
 def _pick(weights: Doubles, uniform: float) -> int:
     """The index at which the cumulated weights exceed that share of their sum."""
     cumulated = weights.cumsum()
-    # As in `sampling`, where the number is a float32 like the logits.
-    target = np.float64(np.float32(uniform)) * cumulated[-1]
+    # As in `sampling`, where the number is a float32 like the logits, and may be rounded up to 1: below the
+    # sum, so that the token has a weight.
+    target = min(np.float64(np.float32(uniform)) * cumulated[-1], np.nextafter(cumulated[-1], 0.0))
     return min(int(np.searchsorted(cumulated, target, side="right")), len(weights) - 1)
 
 

@@ -7,8 +7,9 @@ https://huggingface.co/docs/optimum-onnx/onnx/usage_guides/export_a_model)
 
 Such a program copies its cache in every step, so programs of our own are faster. A prompt goes in whole and
 by itself. Sequences that decode share a batch, padded on the left, as long as nobody joins or leaves; else
-the batch is laid out anew. A file that does not give each sequence its own answer in such a batch is run
-with one sequence at a time.
+the batch is laid out anew. What is padded is no more than the cache that the engine reckons with: beyond,
+sequences of like lengths share a batch each. A file that does not give each sequence its own answer in such
+a batch is run with one sequence at a time.
 """
 
 from __future__ import annotations
@@ -69,6 +70,8 @@ class PastDecoder:
         self._layers = cache_shape_of(session).layers
         self._outputs = [LOGITS, *cache_names(PRESENT, self._layers)]
         self._batches: list[Batch] = []
+        self._stepping: frozenset[GeneratedSequence] = frozenset()
+        """Of the step that runs: who is cancelled meanwhile still goes through it."""
         self.cache_tokens, self.description, self.batched = cache_tokens, description, batched
 
     def step(self, chunks: Sequence[Chunk]) -> Sequence[Choice | None]:
@@ -79,13 +82,14 @@ class PastDecoder:
 
     def logits(self, chunks: Sequence[Chunk]) -> FloatArray:
         """Logits after each of the chunks that choose, [n, vocabulary]."""
+        self._stepping = frozenset(chunk.sequence for chunk in chunks)
         self._forget_done()
         found: dict[int, FloatArray] = {}
         decoding = [chunk for chunk in chunks if chunk.sequence.decodes]
         for chunk in chunks:
             if chunk.chooses and not chunk.sequence.decodes:  # a piece that is not the last waits for it
                 found.update(self._prompt(chunk))
-        for group in [decoding] if self.batched and decoding else ([chunk] for chunk in decoding):
+        for group in self._groups(decoding):
             found.update(self._decode(group))
         rows = [found[id(chunk)] for chunk in chunks if chunk.chooses]
         return np.stack(rows) if rows else np.empty((0, 0), np.float32)
@@ -100,6 +104,18 @@ class PastDecoder:
         """Give the memory back; `step` must not be called again."""
         self._batches.clear()
         del self._session
+
+    def _groups(self, decoding: Sequence[Chunk]) -> list[list[Chunk]]:
+        """Chunks that run together, of like lengths: padded they fit into the cache."""
+        if not self.batched:
+            return [[chunk] for chunk in decoding]
+        groups: list[list[Chunk]] = []
+        for chunk in sorted(decoding, key=lambda chunk: -chunk.position):
+            if groups and (len(groups[-1]) + 1) * groups[-1][0].position <= self.cache_tokens:
+                groups[-1].append(chunk)
+            else:
+                groups.append([chunk])
+        return groups
 
     def _prompt(self, chunk: Chunk) -> Mapping[int, FloatArray]:
         tokens = chunk.sequence.prompt.tokens
@@ -131,11 +147,11 @@ class PastDecoder:
         return {id(chunk): row for chunk, row in zip(chunks, last, strict=True)}
 
     def _forget_done(self) -> None:
-        """Keep, of each sequence that has not left, the newest batch."""
+        """Keep, of each sequence that has not left or still runs, the newest batch."""
         kept: list[Batch] = []
         seen: set[GeneratedSequence] = set()
         for batch in reversed(self._batches):
-            here = {sequence for sequence in batch.sequences if sequence.extent >= 0}
+            here = {each for each in batch.sequences if each.extent >= 0 or each in self._stepping}
             if here - seen:
                 kept.append(batch)
             seen |= here

@@ -99,8 +99,8 @@ class ProgramDecoder:
     def step(self, chunks: Sequence[Chunk]) -> Sequence[Choice | None]:
         """See `engine.sequences.Stepper`."""
         results: list[Choice | None] = [None] * len(chunks)
-        for run in self._cache.passes(chunks):
-            indices, logits = self._pass(run, chunks)
+        # All passes before the first draw: a step that raises is run again, and a seed draws once per token.
+        for indices, logits in self._passes(chunks):
             chosen = choose(logits, [chunks[index].sequence for index in indices])
             for index, choice in zip(indices, chosen, strict=True):
                 results[index] = choice
@@ -109,9 +109,8 @@ class ProgramDecoder:
     def logits(self, chunks: Sequence[Chunk]) -> FloatArray:
         """Logits after each of the chunks that choose, [n, vocabulary]."""
         found: dict[int, FloatArray] = {}
-        for run in self._cache.passes(chunks):
-            indices, logits = self._pass(run, chunks)
-            found.update(zip(indices, logits.copy(), strict=False))
+        for indices, logits in self._passes(chunks):
+            found.update(zip(indices, logits, strict=True))
         rows = [found[index] for index in sorted(found)]
         return np.stack(rows) if rows else np.empty((0, self._vocabulary), np.float32)
 
@@ -124,6 +123,11 @@ class ProgramDecoder:
         self._last = None
         self._cache.clear()
         del self._session
+
+    def _passes(self, chunks: Sequence[Chunk]) -> list[tuple[list[int], FloatArray]]:
+        """Of each pass what `_pass` says. No two passes of a step have the same rows, so that none writes
+        over another's logits."""
+        return [self._pass(run, chunks) for run in self._cache.passes(chunks)]
 
     def _pass(self, run: Pass, chunks: Sequence[Chunk]) -> tuple[list[int], FloatArray]:
         """Indices of the chunks that choose, and their logits."""

@@ -115,7 +115,9 @@ def _filtered(
 def _pick(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """The index at which the cumulated probabilities, in double, exceed that share of their sum, per row."""
     cumulated = probabilities.cumsum(dim=-1)
-    target = uniform.double() * cumulated[:, -1:]
+    total = cumulated[:, -1:]
+    # The number may be rounded up to 1: below the sum, so that the token has a weight.
+    target = torch.minimum(uniform.double() * total, torch.nextafter(total, torch.zeros_like(total)))
     place = torch.searchsorted(cumulated, target, right=True)[:, 0]
     return place.clamp(max=probabilities.shape[-1] - 1)
 

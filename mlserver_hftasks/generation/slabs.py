@@ -6,8 +6,9 @@ the last; a step moves nothing otherwise. Memory is taken when it is written, so
 sequence is long, not what the slab's longest may become.
 
 There is one slab while its area, rows times capacity, is no more than `STRETCH` times the cache that the
-engine reckons with. Beyond (one very long sequence among many short ones) who joins gets a slab of its own,
-and a step passes through the model once per slab.
+engine reckons with. Beyond (one very long sequence among many short ones) who joins gets another slab, and a
+step passes through the model once per slab. Slabs after the first may take once the cache more, so that one
+that has grown to its bound leaves room for those who do not fit into it to share another.
 """
 
 from __future__ import annotations
@@ -186,14 +187,18 @@ class SlabCache:
             rows = slab.rows if None in slab.occupants else 2 * slab.rows
             capacity = max(slab.capacity, _rounded(need))
             grown = rows * capacity - slab.rows * slab.capacity
-            if grown and self.area + grown > STRETCH * self.tokens:
+            if grown and self.area + grown > self._most(index):
                 continue
             if grown:
                 self.slabs[index] = slab.resized(rows, capacity)
             return self.slabs[index].join(sequence)
-        fits = self.area + FEWEST_ROWS * _rounded(need) <= STRETCH * self.tokens
+        fits = self.area + FEWEST_ROWS * _rounded(need) <= self._most(len(self.slabs))
         self.slabs.append(Slab(self.shape, *((FEWEST_ROWS, _rounded(need)) if fits else (1, need))))
         self.slabs[-1].join(sequence)
+
+    def _most(self, index: int) -> int:
+        """The area of all slabs up to which that one may grow."""
+        return (STRETCH + bool(index)) * self.tokens
 
 
 def _rounded(tokens: int) -> int:

@@ -65,6 +65,21 @@ class SteppedScoring:
 
     def _forward(self, rows: Sequence[ScoredRow]) -> list[Outputs]:
         sequences = _sequences(rows)
+        try:
+            found = self._logits(rows, sequences)
+        finally:
+            for sequence in sequences:
+                sequence.extent = -1  # of a step that failed as well
+        with torch.inference_mode():
+            return [
+                {"score": row.score({"logits": torch.stack(logits)}).float().numpy()}
+                for row, logits in zip(rows, found, strict=True)
+            ]
+
+    def _logits(
+        self, rows: Sequence[ScoredRow], sequences: Sequence[GeneratedSequence]
+    ) -> list[list[torch.Tensor]]:
+        """Per row those before each token of its answer, [vocabulary] each."""
         found: list[list[torch.Tensor]] = [[] for _ in rows]
         while chunks := [
             _next(each) for each in sequences if len(found[each.index]) < each.prompt.max_new_tokens
@@ -78,11 +93,7 @@ class SteppedScoring:
                 if len(found[sequence.index]) == sequence.prompt.max_new_tokens:
                     sequence.extent = -1  # so that a decoder knows that its part of the cache is free
             self._pause()
-        with torch.inference_mode():
-            return [
-                {"score": row.score({"logits": torch.stack(logits)}).float().numpy()}
-                for row, logits in zip(rows, found, strict=True)
-            ]
+        return found
 
 
 def _sequences(rows: Sequence[ScoredRow]) -> list[GeneratedSequence]:

@@ -19,17 +19,26 @@ from mlserver_hftasks.errors import InvalidSettings
 logger = logging.getLogger("mlserver.hftasks")
 
 
-def cache_folder(setting: str | None) -> Path:
-    """Where programs are kept: the setting, else the user's cache, else a temporary folder.
+SUFFIXES = frozenset({".json", ".safetensors", ".bin", ".model", ".txt"})
+MODULES = "[0-9]*_*/*"
+"""Where sentence-transformers keeps what follows the transformer: `1_Pooling/config.json`."""
 
-    Raises `InvalidSettings` if the setting names a folder that cannot be.
+
+def place_of(key: str, setting: str | None) -> Path:
+    """Where the program of that key is kept, or shall be: in the folder of the setting, else in the user's
+    cache, else in a temporary folder.
+
+    A program that is there is found where nothing can be written too. Raises `InvalidSettings` if the setting
+    names a folder that cannot be.
     """
     usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlserver-hftasks" / "programs"
     folder = Path(setting) if setting else usual
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
+        if not (folder / key).is_dir():
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        return folder / key
     except OSError as error:
         if setting:
             raise InvalidSettings(
@@ -41,15 +50,19 @@ def cache_folder(setting: str | None) -> Path:
         logger.warning(
             "%s cannot be written (%s): the program is exported at every start", usual, error.strerror
         )
-        return temporary
+        return temporary / key
 
 
-def key_of(files: Path, **made_from: object) -> str:
-    """A name for what is made of a folder's config and weights, and of `made_from`, which JSON must hold."""
+def key_of(files: Path, *, code: bool = False, **made_from: object) -> str:
+    """A name for what is made of a folder's config and weights, and of `made_from`, which JSON must hold.
+
+    With `code` the folder's Python files take part in it.
+    """
+    suffixes = SUFFIXES | {".py"} if code else SUFFIXES
     digest = hashlib.blake2b(json.dumps(made_from, sort_keys=True, default=str).encode(), digest_size=16)
-    for path in sorted(files.iterdir()):
-        if path.suffix in {".json", ".safetensors", ".bin", ".model", ".txt"} and path.is_file():
-            digest.update(path.name.encode())
+    for path in sorted((*files.iterdir(), *files.glob(MODULES))):
+        if path.suffix in suffixes and path.is_file():
+            digest.update(str(path.relative_to(files)).encode())
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "blake2b").digest())
     return digest.hexdigest()
@@ -57,10 +70,11 @@ def key_of(files: Path, **made_from: object) -> str:
 
 def kept(folder: Path, make: Callable[[Path], object]) -> Path:
     """`folder`, made by `make` if it is not there: by one process, while others wait; whole or not at all."""
-    with _locked(folder):
-        if not folder.is_dir():
-            with new_folder(folder) as unfinished:
-                make(unfinished)
+    if not folder.is_dir():
+        with _locked(folder):
+            if not folder.is_dir():  # another may have made it meanwhile
+                with new_folder(folder) as unfinished:
+                    make(unfinished)
     return folder
 
 

@@ -31,6 +31,8 @@ FACTS = (
     "truncation_side",
 )
 """Attributes of a tokenizer that are written down."""
+CLEANS_UP_BPE = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
+"""Without it transformers cleans no spaces up where a tokenizer is of that kind, whatever is asked for."""
 SAMPLES: tuple[str, ...] = ("Hello, world!", "  two   spaces\nÉtienne 東京 🎉", "", "a [SEP] b </s> <mask>")
 
 
@@ -76,8 +78,11 @@ def facts_of(tokenizer: Any, folder: Path) -> dict[str, Any] | None:
         return None
     facts = {name: getattr(tokenizer, name, None) for name in FACTS}
     facts["special_tokens"] = [tokenizer.num_special_tokens_to_add(pair=pair) for pair in (False, True)]
-    facts["cleans_up"] = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
     light, own = LightTokenizer(folder, facts), tokenizer.backend_tokenizer
+    facts["cleans_up"] = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
+    facts["may_clean_up"] = type(own.model).__name__ != "BPE" or bool(
+        getattr(tokenizer, CLEANS_UP_BPE, False)
+    )
     pairs: list[Any] = [*SAMPLES, (SAMPLES[0], SAMPLES[1])]
     same = [encoding.ids for encoding in light.backend_tokenizer.encode_batch(pairs)] == [
         encoding.ids for encoding in own.encode_batch(pairs)
@@ -145,12 +150,8 @@ class LightTokenizer:
         clean_up_tokenization_spaces: bool | None = None,
     ) -> str:
         """The text of some tokens."""
-        cleans_up = (
-            self._facts["cleans_up"]
-            if clean_up_tokenization_spaces is None
-            else (clean_up_tokenization_spaces)
-        )
-        if cleans_up:
+        asked = clean_up_tokenization_spaces
+        if (self._facts["cleans_up"] if asked is None else asked) and self._facts.get("may_clean_up", True):
             return str(
                 self._whole.decode(
                     ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=True

@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
+
+from pydantic import ConfigDict, TypeAdapter
 
 from mlserver_hftasks.backends.program import Layout, Plan, Reads
 from mlserver_hftasks.errors import InvalidSettings
@@ -49,7 +51,10 @@ WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 class Manifest:
     """What is written of a program of ours."""
 
-    backend: str
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    backend: Literal["onnx", "openvino", "export"]
+    """One that `hftasks prepare` writes: an old TorchScript file is opened for a setting only."""
     file: str
     task: str
     plan: Plan
@@ -85,11 +90,11 @@ class Manifest:
                 return None
             plan = own.pop("plan")
             made = Plan(**{**plan, "layout": Layout(plan["layout"]), "reads": Reads(plan["reads"])})
-            return cls(plan=made, **own)
+            return TypeAdapter(cls).validate_python({**own, "plan": made})
         except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
             raise InvalidSettings(
-                f"'{folder / FILE}' cannot be read ({error!r:.120}), expected what `hftasks prepare` writes "
-                "@ parameters.extra.pretrained_model"
+                f"'{folder / FILE}' cannot be read ({' '.join(repr(error).split()):.120}), expected what "
+                "`hftasks prepare` writes @ parameters.extra.pretrained_model"
             ) from None
 
 

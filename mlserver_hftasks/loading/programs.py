@@ -21,7 +21,7 @@ from mlserver_hftasks.backends.feeds import marker_of
 from mlserver_hftasks.backends.program import Layout, Plan, ProgramBackend, Reads, Runner
 from mlserver_hftasks.errors import InvalidSettings
 from mlserver_hftasks.loading import light
-from mlserver_hftasks.loading.cache import cache_folder, kept, key_of
+from mlserver_hftasks.loading.cache import kept, key_of, place_of
 from mlserver_hftasks.loading.facts import limited
 from mlserver_hftasks.loading.manifest import Manifest, Program, candidates, find_program, versions
 from mlserver_hftasks.loading.runners import check_head, open_runner
@@ -206,8 +206,16 @@ def provide_program(settings: Settings) -> Program:
         }
     )
     files = source.weights_folder()
-    key = key_of(files, backend=settings.chosen_backend, versions=versions(), name=str(files), **made_from)
-    folder = cache_folder(settings.program_cache) / key
+    key = key_of(
+        files,
+        code=settings.trust_remote_code,
+        backend=settings.chosen_backend,
+        versions=versions(),
+        name=str(files),
+        **made_from,
+        **_made_for(settings),
+    )
+    folder = place_of(key, settings.program_cache)
 
     def make(unfinished: Path) -> None:
         export_program(settings, unfinished, tell=lambda what: logger.info("%s: %s", source.name, what))
@@ -216,6 +224,16 @@ def provide_program(settings: Settings) -> Program:
     program = find_program(folder, settings.model_copy(update={"file_name": None}))
     assert program is not None, "a program was exported just now"
     return program
+
+
+def _made_for(settings: Settings) -> dict[str, object]:
+    """What a program hangs on of the machine: its graph on the device, machine code on the CPU."""
+    cpu = settings.device in (None, -1, "cpu")
+    if settings.compile is None or not settings.compile.enable:
+        return {"provider": "cpu" if cpu else "cuda"}
+    from mlserver_hftasks.backends.compiled import cpu_features
+
+    return {"provider": "cpu" if cpu else "cuda", "cpu_features": cpu_features()}
 
 
 def _from_hub(settings: Settings, source: Source) -> Program | None:

@@ -104,11 +104,30 @@ def _open_openvino(settings: Settings, program: Program, layout: Layout) -> tupl
 def _open_exported(settings: Settings, program: Program, layout: Layout) -> tuple[Runner, Description]:
     from mlserver_hftasks.backends.exported import ExportedRunner
 
+    compiled = program.manifest is not None and program.manifest.compiled_for is not None
+    _check_trusted(settings, compiled=compiled)
     _only_float(settings, '"export"')
     device = _torch_device(settings)
     if program.manifest is not None and program.manifest.compiled_for is not None:
         return _open_compiled(program, program.manifest, device, layout)
     return ExportedRunner(program.path, device), Description("export", device, "float32", layout.value)
+
+
+def _check_trusted(settings: Settings, *, compiled: bool) -> None:
+    """Raises `InvalidSettings` for a file that a folder holds and no setting names: reading it runs code."""
+    if settings.trust_remote_code:
+        return
+    if compiled and (settings.compile is None or not settings.compile.enable):
+        raise InvalidSettings(
+            "the folder holds machine code, which runs when it is loaded, expected compile=true or "
+            "trust_remote_code=true for a folder that you trust @ parameters.extra.compile"
+        )
+    if not compiled and settings.chosen_backend != "export":
+        raise InvalidSettings(
+            "the folder holds a program of torch.export, which may run code when it is loaded, expected "
+            'backend="export" or trust_remote_code=true for a folder that you trust '
+            "@ parameters.extra.backend"
+        )
 
 
 def _open_compiled(

@@ -59,10 +59,11 @@ class Source:
         return folder if (folder / name).is_file() else None
 
     def weights_folder(self) -> Path:
-        """A folder that has the weights too."""
+        """A folder that has the weights too, and the model's own code where that is run."""
         if Path(self._name).is_dir():
             return self.folder
-        return self._snapshot(["*.safetensors", *SMALL_FILES])
+        code = ["*.py"] if self._settings.trust_remote_code else []
+        return self._snapshot(["*.safetensors", *SMALL_FILES, *code])
 
     def _snapshot(self, patterns: Sequence[str] = SMALL_FILES) -> Path:
         """The files of a model on the hub that match the patterns."""

@@ -12,7 +12,7 @@ from mlserver_hftasks.engine.rows import IntArray
 from mlserver_hftasks.engine.sequences import FINISH_REASONS, FinishReason, Prompt, Sampling
 from mlserver_hftasks.errors import InvalidRequest
 from mlserver_hftasks.tasks.base import Answered, Example, ModelFacts
-from mlserver_hftasks.tasks.generation import GenerationParameters
+from mlserver_hftasks.tasks.generation import MIN_TEMPERATURE, GenerationParameters
 from mlserver_hftasks.tasks.signature import Tensor, padded_tensor
 
 USUAL_NEW_TOKENS = 256
@@ -117,7 +117,7 @@ class Choices:
         top_k = self._value(parameters, "top_k")
         return Sampling(
             draw=bool(self._value(parameters, "do_sample")),
-            temperature=self._value(parameters, "temperature") or 1.0,
+            temperature=max(self._value(parameters, "temperature") or 1.0, MIN_TEMPERATURE),
             top_k=USUAL_TOP_K if top_k is None else top_k,
             top_p=self._value(parameters, "top_p") or 1.0,
             min_p=self._value(parameters, "min_p") or 0.0,

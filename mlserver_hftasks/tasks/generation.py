@@ -13,6 +13,8 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from mlserver_hftasks.tasks.signature import Parameters
 
+MIN_TEMPERATURE = 1e-6
+"""Logits that are divided by it stay finite in float32."""
 MAX_SEQUENCES = 64
 """Most beams, and most answers to one prompt."""
 MAX_STOPS = 16
@@ -44,7 +46,9 @@ class GenerationParameters(Parameters):
     min_new_tokens: int | None = Field(None, ge=0, description="no end before so many new tokens")
     min_length: int | None = Field(None, ge=0, description="no end before so many tokens, see max_length")
     do_sample: bool | None = Field(None, description="draw tokens at random; else take the most likely")
-    temperature: float | None = Field(None, gt=0, le=100, description="divides the logits before drawing")
+    temperature: float | None = Field(
+        None, ge=MIN_TEMPERATURE, le=100, description="divides the logits before drawing"
+    )
     top_k: int | None = Field(None, ge=0, description="draw among so many most likely tokens; 0 is all")
     top_p: float | None = Field(
         None, gt=0, le=1, description="draw among the most likely tokens of this total probability"

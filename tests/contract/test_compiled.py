@@ -17,13 +17,14 @@ from mlserver_hftasks.errors import InvalidSettings
 from mlserver_hftasks.export import dynamo
 from mlserver_hftasks.loading.cache import new_folder
 from mlserver_hftasks.loading.programs import ProgramReport, export_program
-from mlserver_hftasks.settings import Settings, read_settings
+from mlserver_hftasks.settings import Compile, Settings, read_settings
 from tests import tiny
 from tests.contract.pipelines import TEXTS
 from tests.contract.test_exported import TOLERANCE, differences
 from tests.harness import answer, serve
 
 TASK = "text-classification"
+COMPILE = Compile()
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 
 
@@ -57,7 +58,7 @@ def other(compiled: tuple[Path, ProgramReport], tmp_path: Path) -> Any:
 def test_a_compiled_program_gives_what_the_model_gives(compiled: tuple[Path, ProgramReport]) -> None:
     folder, report = compiled
     assert report.largest_difference < TOLERANCE
-    served = serve(folder, TASK)
+    served = serve(folder, TASK, compile=COMPILE)
     assert (served.description.backend, served.description.packing) == ("aotinductor", "lanes")
     model = serve(tiny.folder("bert", "sequence"), TASK, packing="off")
     inputs = {"inputs": list(TEXTS)}
@@ -72,7 +73,7 @@ def test_a_compiled_program_gives_what_the_model_gives(compiled: tuple[Path, Pro
 SERVED = """
 import sys
 from tests.harness import results, serve
-served = serve(sys.argv[1], "text-classification")
+served = serve(sys.argv[1], "text-classification", compile={"enable": True})
 print(results(served, {"inputs": ["the river was quiet"]}))
 """
 
@@ -94,14 +95,14 @@ def test_it_is_served_without_a_compiler(compiled: tuple[Path, ProgramReport], t
 def test_one_of_another_cpu_is_refused(other: Any) -> None:
     folder = other(compiled_for=[*cpu_features(), "avx4096", "tachyons"])
     with pytest.raises(InvalidSettings, match="for a CPU with avx4096, tachyons, which this one lacks"):
-        serve(folder, TASK)
+        serve(folder, TASK, compile=COMPILE)
 
 
 @needs_compiler
 @pytest.mark.parametrize("version", ["2.1.0", "unknown"])
 def test_one_of_another_torch_is_refused(other: Any, version: str) -> None:
     with pytest.raises(InvalidSettings, match=f"compiled with torch {version}, but this is torch 2"):
-        serve(other(made_with={"torch": version}), TASK)
+        serve(other(made_with={"torch": version}), TASK, compile=COMPILE)
 
 
 @needs_compiler
@@ -111,7 +112,7 @@ def test_a_corrupt_package_is_one_line(other: Any) -> None:
     with pytest.raises(
         InvalidSettings, match=r"'model.pt2' cannot be loaded by torch: .*, expected a package"
     ):
-        serve(folder, TASK)
+        serve(folder, TASK, compile=COMPILE)
 
 
 def test_what_is_not_compiled_does_not_pass_for_it(tmp_path: Path) -> None:
@@ -119,7 +120,7 @@ def test_what_is_not_compiled_does_not_pass_for_it(tmp_path: Path) -> None:
 
     folder = exported.folder("distilbert", "qa", "export")
     with pytest.raises(InvalidSettings, match='a program of "export" that is not compiled'):
-        serve(folder, "question-answering", compile=settings().compile)
+        serve(folder, "question-answering", compile=COMPILE)
 
 
 def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_a_program_gives_what_the_model_gives(architecture: str, head: tiny.Head
             exported.folder(architecture, head, backend)
         return
     torch = serve(tiny.folder(architecture, head), TASKS[head], packing="off")
-    program = serve(exported.folder(architecture, head, backend), TASKS[head])
+    program = serve(exported.folder(architecture, head, backend), TASKS[head], backend=backend)
     assert program.backend.description.backend == backend
     inputs = inputs_of(torch)
     want = answer(torch, inputs, together=False)

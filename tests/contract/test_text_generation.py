@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import json
 from collections.abc import Sequence
@@ -17,7 +18,8 @@ from mlserver_hftasks.engine.steps import StepLimits, StepScheduler
 from mlserver_hftasks.errors import InvalidRequest, RequestTooLarge
 from mlserver_hftasks.loading import Served
 from mlserver_hftasks.tasks.base import Answered
-from mlserver_hftasks.tasks.decoding import prompts_of, regrouped
+from mlserver_hftasks.tasks.decoding import Choices, prompts_of, regrouped
+from mlserver_hftasks.tasks.generation import MIN_TEMPERATURE
 from mlserver_hftasks.tasks.text_stream import TextStream
 from tests import harness, tiny
 
@@ -374,6 +376,7 @@ def test_bad_input(
         {"assistant_model": "x/y"},
         {"prompt_lookup_num_tokens": 3},
         {"temperature": 0},
+        {"temperature": 1e-38},
         {"temperature": "hot"},
         {"top_p": 1.5},
         {"top_k": -1},
@@ -389,6 +392,14 @@ def test_bad_input(
 def test_bad_parameters(parameters: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest, match=next(iter(parameters)).split("_")[0]):
         served("llama").task.signature.parse(parameters)
+
+
+def test_a_models_own_temperature_is_no_less_than_a_request_may_ask_for() -> None:
+    task = served("llama").task
+    config = transformers.GenerationConfig(do_sample=True, temperature=1e-40)
+    choices = Choices(dataclasses.replace(task.model, generation_config=config))
+    assert choices.sampling(task.signature.parse({})).temperature == MIN_TEMPERATURE
+    assert choices.sampling(task.signature.parse({"temperature": 0.5})).temperature == 0.5
 
 
 def test_a_model_without_a_chat_template() -> None:

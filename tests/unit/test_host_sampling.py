@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any
 
@@ -62,3 +63,27 @@ def test_the_same_tokens_and_probabilities(
         assert one.logprob == (None if other.logprob is None else pytest.approx(other.logprob, abs=1e-4))
     assert [each.random.random() for each in here] == [each.random.random() for each in there]
     assert np.array_equal(logits, kept)
+
+
+class Highest(random.Random):
+    """Its numbers are below 1, and 1 in float32."""
+
+    def random(self) -> float:
+        return math.nextafter(1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "allowed"),
+    [
+        (Sampling(draw=True, suppressed=(4,)), {0, 1, 2, 3}),
+        (Sampling(draw=True, top_k=5, suppressed=(4,)), {0, 1, 2, 3}),
+        (Sampling(draw=True, top_k=5, top_p=0.1), {0}),
+        (Sampling(draw=True, min_p=0.9), {0}),
+    ],
+)
+def test_the_highest_number_draws_nothing_that_was_filtered(chosen: Sampling, allowed: set[int]) -> None:
+    logits = np.array([[3.0, 2.0, 1.0, 0.5, 0.0]], dtype=np.float32)
+    asked = sequence(chosen, 0)
+    asked.random = Highest()
+    assert host_sampling.choose(logits, [asked])[0].token in allowed
+    assert sampling.choose(torch.from_numpy(logits), [asked])[0].token in allowed

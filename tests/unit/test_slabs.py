@@ -117,6 +117,14 @@ def test_a_long_sequence_does_not_make_room_for_all_as_long() -> None:
     assert cache.area <= 2 * STRETCH * 2000
 
 
+def test_short_sequences_beside_a_long_one_share_a_pass() -> None:
+    cache = SlabCache(SHAPE, 131_072)
+    everyone = [sequence(7000, new=1000), *(sequence(100, new=400) for _ in range(60))]
+    passes = list(cache.passes([Chunk(each, 1) for each in everyone]))
+    assert sorted(index for run in passes for index in run.decoding) == list(range(61))
+    assert len(passes) == 2
+
+
 def test_memory_is_given_back_when_nobody_is_left() -> None:
     cache = SlabCache(SHAPE, 1000)
     only = sequence(5)

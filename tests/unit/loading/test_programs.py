@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -13,9 +14,10 @@ from transformers import AutoTokenizer
 from mlserver_hftasks.backends.onnx import check_options, default_threads
 from mlserver_hftasks.backends.program import Layout, Plan, Reads
 from mlserver_hftasks.errors import InvalidSettings
-from mlserver_hftasks.loading import light, load
-from mlserver_hftasks.loading.cache import cache_folder, kept, key_of, new_folder
+from mlserver_hftasks.loading import light, load, programs
+from mlserver_hftasks.loading.cache import kept, key_of, new_folder, place_of
 from mlserver_hftasks.loading.manifest import Manifest, find_program
+from mlserver_hftasks.loading.runners import open_runner
 from mlserver_hftasks.settings import Settings
 from tests import tiny
 
@@ -134,6 +136,18 @@ def test_a_corrupt_manifest(tmp_path: Path, content: str) -> None:
         found(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"file": 3}, {"max_tokens": "many"}, {"backend": "torchscript"}, {"backend": "torch"}, {"new": 1}],
+)
+def test_a_manifest_that_nothing_of_ours_writes(tmp_path: Path, changes: dict[str, Any]) -> None:
+    content = json.loads((prepared(tmp_path) / "export.json").read_text())
+    content["hftasks"].update(changes)
+    (tmp_path / "export.json").write_text(json.dumps(content))
+    with pytest.raises(InvalidSettings, match=r"cannot be read .*expected what `hftasks prepare` writes"):
+        found(tmp_path)
+
+
 # -- keeping ---------------------------------------------------------------------------------------
 
 
@@ -146,6 +160,44 @@ def test_the_key_is_that_of_the_content(tmp_path: Path) -> None:
     assert key_of(one, task="x") == key_of(other, task="x") != key_of(one, task="y")
     (other / "config.json").write_text("{ }")
     assert key_of(one, task="x") != key_of(other, task="x")
+
+
+def test_modules_and_code_that_is_run_take_part_in_the_key(tmp_path: Path) -> None:
+    keys = [key_of(tmp_path)]
+    (tmp_path / "1_Pooling").mkdir()
+    for mode in ("cls", "mean"):
+        (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": mode}))
+        keys.append(key_of(tmp_path))
+    for code in ("one", "other"):
+        (tmp_path / "modeling_own.py").write_text(code)
+        assert key_of(tmp_path) == keys[2], "nobody runs it"
+        keys.append(key_of(tmp_path, code=True))
+    assert len(set(keys)) == len(keys)
+
+
+def test_each_device_and_cpu_has_its_own_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlserver_hftasks.backends import compiled
+
+    keys: list[str] = []
+
+    def place(key: str, setting: str | None) -> Path:
+        keys.append(key)
+        raise InterruptedError
+
+    monkeypatch.setattr(programs, "place_of", place)
+    for device, compiles, features in (
+        ("cpu", False, ["avx2"]),
+        ("cpu", False, ["avx512"]),
+        (0, False, ["avx2"]),
+        ("cpu", True, ["avx2"]),
+        ("cpu", True, ["avx512"]),
+    ):
+        monkeypatch.setattr(compiled, "cpu_features", lambda features=features: features)
+        settings = {"device": device, "backend": "export", "compile": {"enable": compiles}}
+        with pytest.raises(InterruptedError):
+            programs.provide_program(Settings(pretrained_model=str(tiny.folder("bert", "mask")), **settings))
+    assert keys[0] == keys[1], "what is not compiled is for every CPU"
+    assert len(set(keys)) == 4
 
 
 def test_of_two_at_once_one_makes_and_both_have_it(tmp_path: Path) -> None:
@@ -189,11 +241,28 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
 def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InvalidSettings, match=r"cannot be written .*@ parameters.extra.program_cache"):
-        cache_folder(str(tmp_path / "file" / "programs"))
+        place_of("key", str(tmp_path / "file" / "programs"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    temporary = cache_folder(None)
-    assert temporary.is_dir() and tmp_path not in temporary.parents
+    temporary = place_of("key", None)
+    assert temporary.parent.is_dir() and tmp_path not in temporary.parents
     assert "exported at every start" in caplog.text
+
+
+def test_a_program_that_is_there_needs_nothing_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(*how: Any, **options: Any) -> Any:
+        raise OSError(30, "Read-only file system")
+
+    made = tmp_path / "mlserver-hftasks" / "programs" / "key"
+    made.mkdir(parents=True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
+    assert place_of("key", None) == place_of("key", str(made.parent)) == made
+    assert kept(made, read_only) == made
+    assert list(made.parent.iterdir()) == [made], "nor a lock"
+    with pytest.raises(InvalidSettings, match="Read-only file system"):
+        place_of("another", str(made.parent))
 
 
 # -- config and tokenizer without transformers -----------------------------------------------------
@@ -220,6 +289,35 @@ def test_the_light_tokenizer_says_what_that_of_transformers_says(architecture: s
     for pair in (False, True):
         assert mine.num_special_tokens_to_add(pair=pair) == own.num_special_tokens_to_add(pair=pair)
     assert mine.all_special_ids == own.all_special_ids, "what else is asked for comes from transformers"
+
+
+class Wordy:
+    """Stands in for transformers' own tokenizer, which takes seconds to import where it is not asked for."""
+
+    def decode(self, ids: Any, **options: Any) -> str:
+        return "cleaned up"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "corrupts", "cleaned"),
+    [("gpt2", False, False), ("gpt2", True, True), ("bert", False, True)],
+)
+def test_spaces_are_cleaned_up_where_transformers_would(
+    architecture: str, corrupts: bool, cleaned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = AutoTokenizer.from_pretrained(tiny.folder(architecture, "base"))
+    own.clean_up_tokenization_spaces = True
+    own.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = corrupts
+    own.save_pretrained(tmp_path)
+    mine = light.LightTokenizer(tmp_path, light.facts_of(own, tmp_path) or {})
+    monkeypatch.setattr(light.LightTokenizer, "_whole", Wordy())
+    ids = own.encode("Angela , the mayor .", add_special_tokens=False)
+    plain = mine.decode(ids, clean_up_tokenization_spaces=False)
+    assert plain != "cleaned up"
+    for asked in ({}, {"clean_up_tokenization_spaces": True}):
+        assert mine.decode(ids, **asked) == ("cleaned up" if cleaned else plain)
+    if not cleaned:
+        assert plain == own.decode(ids)
 
 
 def test_the_light_config_has_none_for_what_is_not_there(tmp_path: Path) -> None:
@@ -256,6 +354,30 @@ def test_what_is_refused_names_the_key(tmp_path: Path, settings: Any, message: s
         load(Settings(pretrained_model=str(folder), **settings))
     assert message in str(caught.value)
     assert "@ " in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("compiled_for", "settings", "message"),
+    [
+        (None, {}, 'expected backend="export" or trust_remote_code=true .* @ parameters.extra.backend'),
+        (None, {"backend": "export"}, "cannot be read by torch.export"),
+        (None, {"trust_remote_code": True}, "cannot be read by torch.export"),
+        (["x"], {}, "machine code, .*compile=true or trust_remote_code=true .* @ parameters.extra.compile"),
+        (["x"], {"backend": "export"}, "the folder holds machine code"),
+        (["x"], {"compile": {"enable": False}}, "the folder holds machine code"),
+        (["x"], {"compile": {"enable": True}}, "compiled for a CPU with x"),
+        (["x"], {"trust_remote_code": True}, "compiled for a CPU with x"),
+    ],
+)
+def test_what_runs_when_it_is_read_must_be_asked_for(
+    tmp_path: Path, compiled_for: Any, settings: Any, message: str
+) -> None:
+    folder = prepared(
+        tmp_path, Manifest("export", "model.pt2", "fill-mask", PLAN, 128, compiled_for=compiled_for)
+    )
+    program, asked = found(folder, **settings), Settings(pretrained_model=str(folder), **settings)
+    with pytest.raises(InvalidSettings, match=message):
+        open_runner(asked, program, PLAN.layout)
 
 
 @pytest.mark.parametrize(("backend", "package"), [("onnx", "onnxruntime"), ("openvino", "openvino")])
