@@ -22,12 +22,13 @@ $(STAMP): pyproject.toml
 demo: install
 	$(BIN)/python -m examples.demo $(if $(CHECK),--check)
 
+# side by side on one thread each: two of torch on each core would wait for one another;
 # servers have the machine to themselves: their tests look at the clock
 test: install
 ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
 else
-	$(BIN)/python -m pytest tests/unit tests/contract --numprocesses=auto --dist=loadfile $(COVERED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit tests/contract --numprocesses=auto --dist=loadfile $(COVERED)
 	$(BIN)/python -m pytest tests/server $(if $(COVERAGE),$(COVERED) --cov-append --cov-report=term-missing:skip-covered)
 endif
 

@@ -22,7 +22,7 @@ LABELS_OF_VERSION = {"1": ("red", "green", "blue"), "2": ("cat", "dog")}
 LIMITS = {"max_items": 4, "max_text_chars": 300, "max_body_bytes": 20_000}
 SLOW: dict[str, Any] = {
     "hidden_size": 256,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 8,
     "num_attention_heads": 4,
     "intermediate_size": 1024,
 }
