@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -24,5 +25,6 @@ class InstantRuntime(HFTasksRuntime):
     async def load(self) -> bool:
         """The model is there, its backend is not."""
         loaded = await super().load()
-        self._service._predictions._batcher._backend = Instant()  # type: ignore[union-attr]
+        service: Any = self._service
+        service._predictions._batcher._backend = Instant()
         return bool(loaded)

@@ -67,6 +67,12 @@ class ForwardFailed(HFTasksError):
     """The model itself raised on this request's rows."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of another's says, in short; the name of its class where it says nothing."""
+    text = str(error).strip() or type(error).__name__
+    return f"{text.splitlines()[0]:.200}"
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`, did you mean 'top_k'?` for the nearest of the known names; else the list of them."""
     names = sorted(known)

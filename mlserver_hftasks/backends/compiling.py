@@ -26,7 +26,7 @@ WHERE = "@ parameters.extra.compile"
 
 def outside(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, left as it is wherever a program calls it."""
-    left: Callable[..., Any] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    left: Callable[..., Any] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]  # torch's
     return left
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mlserver_hftasks.backends.linears import Layer, Shared, replace
-from mlserver_hftasks.errors import InvalidSettings
+from mlserver_hftasks.errors import InvalidSettings, first_line
 
 ZERO = 128
 """Of the inputs, which lie in 1..255."""
@@ -107,7 +107,7 @@ def _levels() -> int:
             if _computes_right(levels):
                 return levels
         except (RuntimeError, AttributeError, NotImplementedError) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
     raise InvalidSettings(
         f"got int8, but torch {torch.__version__} cannot multiply int8 on this CPU ({reason}), expected "
         '"none" or another backend @ parameters.extra.quantization'

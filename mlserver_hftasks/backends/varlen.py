@@ -68,7 +68,7 @@ def varlen_attention(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if queries is not None and (causal or sliding_window is not None):
         raise TypeError("where queries are not the tokens themselves nobody knows what lies before them")
-    attend = _attend_fused if _fused_kernel_takes(query) else _attend_each
+    attend = _attend_fused if fused_kernel_takes(query) else _attend_each
     window = None if sliding_window is None else sliding_window - 1
     bounds = (queries or sequences, sequences)
     return attend(query, key, value, bounds, scaling, causal, window), None
@@ -83,7 +83,8 @@ Attend = Callable[
 ]
 
 
-def _fused_kernel_takes(query: torch.Tensor) -> bool:
+def fused_kernel_takes(query: torch.Tensor) -> bool:
+    """Whether FlashAttention runs on such a query [..., d]."""
     return query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256
 
 

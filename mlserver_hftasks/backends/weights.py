@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from mlserver_hftasks.backends import int8
 from mlserver_hftasks.backends.linears import Layer, Product, Shared, replace, replace_head
-from mlserver_hftasks.errors import InvalidSettings
+from mlserver_hftasks.errors import InvalidSettings, first_line
 
 TOP = 127.0
 FINER = 254.0
@@ -194,7 +194,7 @@ def _levels_product() -> Callable[[Tensor], Levels]:
                 if _multiplies_right(kind, most):
                     return partial(kind, most=most)
             except (RuntimeError, AttributeError, NotImplementedError) as error:
-                reason = str(error).splitlines()[0]
+                reason = first_line(error)
     raise InvalidSettings(
         f"torch {torch.__version__} cannot multiply int8 on this CPU ({reason}), expected "
         '"none" or another backend @ parameters.extra.quantization'

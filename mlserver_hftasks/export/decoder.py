@@ -76,7 +76,7 @@ class Step:
 
 
 def program_attention(
-    module: torch.nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -107,9 +107,8 @@ def program_attention(
         attributes["local_window_size"] = sliding_window
     if softcap:
         attributes["softcap"] = float(softcap)
-    layer: int = module.layer_idx  # type: ignore[assignment]
     states = [tensor[0].transpose(0, 1).flatten(1) for tensor in (query, key, value)]
-    return step.attend(layer, states, attributes).view(1, -1, heads, width), None
+    return step.attend(module.layer_idx, states, attributes).view(1, -1, heads, width), None
 
 
 AttentionInterface.register(ATTENTION_NAME, program_attention)

@@ -21,7 +21,7 @@ from mlserver_hftasks.backends.packing import first_position
 from mlserver_hftasks.backends.program import Layout, Plan, ProgramBackend, Reads
 from mlserver_hftasks.backends.torch import TorchBackend
 from mlserver_hftasks.engine.rows import Outputs, Row
-from mlserver_hftasks.errors import InvalidSettings
+from mlserver_hftasks.errors import InvalidSettings, first_line
 from mlserver_hftasks.export.job import Export, Format, Order
 from mlserver_hftasks.export.trace import EagerRunner, traceable
 
@@ -150,5 +150,4 @@ def reason_of(error: BaseException) -> str:
     """The first line of what an exporter failed of: it wraps that in errors of its own."""
     while error.__cause__ is not None:
         error = error.__cause__
-    text = str(error).strip() or type(error).__name__
-    return f"{text.splitlines()[0]:.200}"
+    return first_line(error)

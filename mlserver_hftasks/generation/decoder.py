@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from mlserver_hftasks.backends.base import Description
 from mlserver_hftasks.backends.placed import moved
+from mlserver_hftasks.backends.varlen import fused_kernel_takes
 from mlserver_hftasks.engine.sequences import Choice, Chunk
 from mlserver_hftasks.generation.sampling import choose
 
@@ -115,7 +117,7 @@ class StepCache:
 
 
 def cached_attention(
-    module: torch.nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -136,17 +138,12 @@ def cached_attention(
         raise TypeError("cached attention takes no mask, position bias or softcap")
     if kwargs.get("s_aux") is not None or getattr(module, "is_cross_attention", False):
         raise TypeError("cached attention takes no sinks and attends to no other text")
-    layer: int = module.layer_idx  # type: ignore[assignment]
-    keys, values = step_cache.write(layer, key[0].transpose(0, 1), value[0].transpose(0, 1))
-    attend = _attend_fused if _fused_kernel_takes(query) else _attend_each
+    keys, values = step_cache.write(module.layer_idx, key[0].transpose(0, 1), value[0].transpose(0, 1))
+    attend = _attend_fused if fused_kernel_takes(query) else _attend_each
     return attend(query, keys, values, step_cache, scaling, sliding_window), None
 
 
 AttentionInterface.register(ATTENTION_NAME, cached_attention)
-
-
-def _fused_kernel_takes(query: torch.Tensor) -> bool:
-    return query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256
 
 
 def _attend_fused(

@@ -12,7 +12,7 @@ import copy
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import numpy as np
 
@@ -105,6 +105,11 @@ class _Traced:
         return [_Traced(piece, self.text) for piece in self.encoding.overflowing]
 
 
+def _traced(encoding: Any, text: TextOrPair) -> Encoding:
+    """It has what the encoding has, by `__getattr__`, which types cannot tell."""
+    return cast(Encoding, _Traced(encoding, text))
+
+
 def source_of(encoding: Encoding) -> Source | None:
     """Where an encoding is from, if it was made by `Encoder.encode`."""
     return Source(encoding.encoding, encoding.text) if isinstance(encoding, _Traced) else None
@@ -118,7 +123,7 @@ def marked(encoding: Encoding, before: Sequence[int], after: Sequence[int]) -> E
     special = [*[1] * first, *encoding.special_tokens_mask, *[1] * last]
     if not hasattr(encoding, "offsets"):
         slow = _SlowEncoding(ids, [0] * len(ids), special)
-        return _Traced(slow, encoding.text)  # type: ignore[return-value]
+        return _traced(slow, encoding.text)
     around = _Marked(
         ids,
         special,
@@ -126,7 +131,7 @@ def marked(encoding: Encoding, before: Sequence[int], after: Sequence[int]) -> E
         [*[None] * first, *encoding.word_ids, *[None] * last],
         [*[None] * first, *[0] * len(encoding.ids), *[None] * last],
     )
-    return _Traced(around, encoding.text)  # type: ignore[return-value]
+    return _traced(around, encoding.text)
 
 
 class Encoder:
@@ -171,8 +176,7 @@ class Encoder:
                         )
         for index, encoding in enumerate(encodings):
             self.check_length(len(encoding.ids), f"{where}[{index}]", limited=limited)
-        traced: list[Any] = [_Traced(encoding, text) for encoding, text in zip(encodings, texts, strict=True)]
-        return traced
+        return [_traced(encoding, text) for encoding, text in zip(encodings, texts, strict=True)]
 
     def encode_as_fits(self, texts: Sequence[str]) -> list[Encoding]:
         """One encoding per text, cut to what the model takes."""
@@ -251,7 +255,8 @@ class Encoder:
             )
         ids = encoded["input_ids"]
         types = encoded.get("token_type_ids", [0] * len(ids))
-        return _SlowEncoding(ids, types, encoded["special_tokens_mask"])  # type: ignore[return-value]
+        # it lacks what its docstring says
+        return cast(Encoding, _SlowEncoding(ids, types, encoded["special_tokens_mask"]))
 
 
 def _characters(text: TextOrPair) -> int:
